@@ -1,0 +1,46 @@
+"""limbeck: knowledge distillation. A trained teacher goes in; a smaller, faster student comes out.
+
+The public names are listed here and loaded on first use, so that ``import limbeck`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from limbeck.distiller import Distiller as Distiller
+    from limbeck.losses import LOSSES as LOSSES
+    from limbeck.losses import loss as loss
+    from limbeck.students import take_layers as take_layers
+    from limbeck.terms import Term as Term
+    from limbeck.terms import layer_pairs as layer_pairs
+    from limbeck.terms import spread as spread
+    from limbeck.types import Output as Output
+    from limbeck.types import Signal as Signal
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Distiller": "limbeck.distiller",
+    "LOSSES": "limbeck.losses",
+    "loss": "limbeck.losses",
+    "take_layers": "limbeck.students",
+    "Term": "limbeck.terms",
+    "layer_pairs": "limbeck.terms",
+    "spread": "limbeck.terms",
+    "Output": "limbeck.types",
+    "Signal": "limbeck.types",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'limbeck' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

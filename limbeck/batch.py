@@ -1,0 +1,127 @@
+"""Batches: how examples travel, whatever the loader made of them.
+
+Shape legend: B examples, L positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limbeck.types import IGNORE_INDEX, INPUTS, LABELS, Batch
+
+ATTENTION_MASK = "attention_mask"
+
+
+def as_batch(batch: Any) -> Batch:
+    """Name the entries of a batch.
+
+    Args:
+        batch: A mapping, which is returned as it is; or a tuple or list of inputs with the labels last (a single
+            entry is an input without labels).
+
+    Raises:
+        TypeError: none of these.
+
+    Example:
+        >>> sorted(as_batch((torch.zeros(2, 3), torch.zeros(2))))
+        ['inputs', 'labels']
+    """
+    if isinstance(batch, Mapping):
+        return batch
+    if isinstance(batch, Tensor):
+        return {INPUTS: (batch,)}
+    if isinstance(batch, (tuple, list)) and batch:
+        *inputs, last = batch
+        return {INPUTS: tuple(inputs), LABELS: last} if inputs else {INPUTS: (last,)}
+    raise TypeError(f"a batch is a dict, a tuple or a tensor, got {type(batch).__name__}")
+
+
+def from_call(inputs: Sequence[Any], named: Batch) -> Batch:
+    """Name the arguments of a call ``model(*inputs, **named)``; the last input is the labels if none are named."""
+    if not inputs:
+        return named
+    if LABELS in named or len(inputs) == 1:
+        return {INPUTS: tuple(inputs), **named}
+    return {**as_batch(tuple(inputs)), **named}
+
+
+def batch_size(batch: Batch) -> int:
+    """The number of examples in a batch.
+
+    Raises:
+        ValueError: the batch holds no tensor.
+
+    Example:
+        >>> batch_size({"input_ids": torch.zeros(4, 7)})
+        4
+    """
+    tensors = [*batch.get(INPUTS, ()), *batch.values()]
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.ndim:
+            return tensor.shape[0]
+    raise ValueError(f"a batch with {sorted(batch)} holds no tensor of examples")
+
+
+def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Apply a function to every tensor of examples in a batch."""
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        if isinstance(value, tuple):
+            return tuple(visit(v) for v in value)
+        return value
+
+    return {key: visit(value) for key, value in batch.items()}
+
+
+def rows(batch: Batch, start: int, stop: int) -> dict[str, Any]:
+    """Cut examples out of a batch.
+
+    Example:
+        >>> rows({"x": torch.arange(4)}, 1, 3)["x"]
+        tensor([1, 2])
+    """
+    size = batch_size(batch)
+    return map_tensors(batch, lambda t: t[start:stop] if t.ndim and t.shape[0] == size else t)
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """Move a batch, without waiting for the copy."""
+    return map_tensors(batch, lambda t: t.to(device, non_blocking=True))
+
+
+def valid_positions(batch: Batch, key: str) -> Tensor | None:
+    """The mask of a batch that is called `key`: (B,) or (B, L), True where a position counts.
+
+    Args:
+        batch: The batch.
+        key: ``"labels"`` for the positions that carry a label, else the name of an entry that is a mask.
+
+    Returns:
+        The mask, or None where there is none (all count). Labels that are numbers to predict have none.
+    """
+    value = batch.get(key)
+    if value is None or (key == LABELS and torch.is_floating_point(value)):
+        return None
+    valid: Tensor = value != (IGNORE_INDEX if key == LABELS else 0)
+    return valid
+
+
+def mask_key(shape: torch.Size, batch: Batch) -> str | None:
+    """Which mask belongs to a tensor of this shape: the labels' or the attention mask, if its shape fits.
+
+    Example:
+        >>> batch = {"attention_mask": torch.ones(2, 5), "labels": torch.zeros(2)}
+        >>> mask_key(torch.Size([2, 5, 8]), batch), mask_key(torch.Size([2, 3]), batch)
+        ('attention_mask', None)
+    """
+    for key in (LABELS, ATTENTION_MASK):
+        mask = batch.get(key)
+        if isinstance(mask, Tensor) and mask.ndim == 2 and len(shape) == 3 and mask.shape == shape[:2]:
+            return key
+    return None

@@ -1,0 +1,61 @@
+"""The only place that reduces: from one value per position to one number.
+
+Shape legend: B examples, L positions (tokens), ``...`` whatever else a loss keeps.
+
+A mean over a micro-batch depends on how the batch was cut. A sum divided by the number of valid positions of
+the *whole* step does not; that is why `masked_mean` takes the count from outside when there is one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def per_position(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Average over all that stands behind the positions of `mask`: (B, L, ...) to (B, L), (B, ...) to (B,).
+
+    Args:
+        values: What a loss returned, (B, ...).
+        mask: (B, L) or (B,), or None where every example counts as one position.
+
+    Raises:
+        ValueError: the shape of `mask` is not the beginning of the shape of `values`.
+    """
+    kept = 1 if mask is None else mask.ndim
+    if mask is not None and values.shape[:kept] != mask.shape:
+        raise ValueError(
+            f"a mask of shape {tuple(mask.shape)} does not fit values of shape {tuple(values.shape)}; "
+            "it must match their first dimensions"
+        )
+    return values if values.ndim == kept else values.flatten(kept).mean(dim=-1)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None = None, count: Tensor | float | None = None) -> Tensor:
+    """Average a loss over the valid positions, in float32 or better.
+
+    Args:
+        values: One value per position, (B,), (B, L) or with more dimensions behind, or a scalar that
+            describes the batch as a whole (it counts once per example).
+        mask: (B,) or (B, L); positions where it is 0 do not count and give no gradient.
+        count: The number of valid positions to divide by, when the batch is a part of a larger step; by
+            default the number in this batch. A batch without any valid position gives 0.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> values = torch.tensor([[1.0, 3.0], [5.0, float("inf")]])
+        >>> masked_mean(values, torch.tensor([[1, 1], [1, 0]])).item()
+        3.0
+    """
+    values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    if values.ndim == 0:
+        return values
+    values = per_position(values, mask)
+    if mask is None:
+        return values.mean() if count is None else values.sum() / count
+    valid = mask != 0
+    total = torch.where(valid, values, torch.zeros((), dtype=values.dtype, device=values.device)).sum()
+    count = valid.sum() if count is None else count
+    return total / torch.as_tensor(count, device=values.device).clamp(min=1)

@@ -1,0 +1,249 @@
+"""The Report: what came out of a run, as data. Files and pictures are made from it, never the other way."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with the interval that it lies in.
+
+    Attributes:
+        value: The estimate.
+        low: Lower end (95 % for scores; lower quartile for times).
+        high: Upper end.
+
+    Example:
+        >>> Interval(0.5, 0.25, 0.75).format(2)
+        '0.50 [0.25, 0.75]'
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def format(self, digits: int) -> str:
+        """Write the number and its interval with so many decimals."""
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One column of the report: a model's quality, size, speed and cost.
+
+    Attributes:
+        role: ``"teacher"``, ``"baseline"`` or ``"student"``.
+        score: The main metric with its 95 % interval, pooled over seeds.
+        metrics: All metrics of the task, the mean over seeds.
+        parameters: Number of parameters.
+        size_bytes: Bytes of the weights on disk.
+        latency_ms: Milliseconds for one example: median and quartiles.
+        throughput: Examples per second at batch 32: median and quartiles.
+        training_seconds: Wall time of its training, the mean over seeds; 0 where it was not trained here.
+        teacher_seconds: The share of that time that the teacher's forward passes took.
+        scores_by_seed: The main metric for each seed.
+    """
+
+    role: str
+    score: Interval
+    metrics: dict[str, float]
+    parameters: int
+    size_bytes: int
+    latency_ms: Interval
+    throughput: Interval
+    training_seconds: float = 0.0
+    teacher_seconds: float = 0.0
+    scores_by_seed: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the student stands to the teacher and to the baseline.
+
+    Attributes:
+        gain: Student minus baseline, in the metric's unit, paired over the examples.
+        gap: Teacher minus baseline.
+        ratio: The distillation ratio, gain over gap; None where the gap is within noise.
+        ratio_note: Why there is no ratio, in words; empty where there is one.
+        retention: Student's score over the teacher's.
+        agreement: Share of examples on which student and teacher decide alike; for regression, their Pearson
+            correlation.
+        baseline_agreement: The same for the baseline.
+    """
+
+    gain: Interval
+    gap: Interval
+    ratio: Interval | None
+    ratio_note: str
+    retention: Interval
+    agreement: Interval
+    baseline_agreement: Interval
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What the log of one training holds.
+
+    Attributes:
+        role: ``"teacher"``, ``"baseline"`` or ``"student"``.
+        seed: The seed of this training.
+        steps: Step of each logged loss.
+        terms: Unweighted value of each term at these steps.
+        weights: Weight of each term.
+        learning_rate: Learning rate at these steps.
+        score_steps: Step of each evaluation.
+        scores: The main metric there.
+    """
+
+    role: str
+    seed: int
+    steps: list[int]
+    terms: dict[str, list[float]]
+    weights: dict[str, float]
+    learning_rate: list[float]
+    score_steps: list[int]
+    scores: list[float]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came out of a run: teacher, plainly trained baseline and student side by side.
+
+    Attributes:
+        task: Name of the task.
+        metric: Name of the main metric.
+        higher_is_better: Its direction.
+        examples: Number of training and evaluation examples, by split.
+        teacher: The teacher's column.
+        baseline: The student's twin, same start and budget, trained without distillation; None if left out.
+        student: The student's column.
+        comparison: How they stand to each other; None without a baseline.
+        plan: One row per term: name, loss, tap, teacher_tap, weight, projection, parameters.
+        curves: The trainings of this run.
+        seeds: The seeds.
+        environment: Versions, machine, threads.
+        recipe: The resolved recipe.
+        command: What to type to repeat the run.
+        created: ISO date and time.
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    examples: dict[str, int]
+    teacher: ModelResult
+    baseline: ModelResult | None
+    student: ModelResult
+    comparison: Comparison | None
+    plan: list[dict[str, Any]]
+    curves: list[Curve]
+    seeds: list[int]
+    environment: dict[str, Any]
+    recipe: dict[str, Any]
+    command: str
+    created: str
+
+    @property
+    def models(self) -> list[ModelResult]:
+        """The columns, from left to right."""
+        return [m for m in (self.teacher, self.baseline, self.student) if m is not None]
+
+    @property
+    def speedup(self) -> dict[str, float]:
+        """Teacher over student: latency at batch 1 and throughput at batch 32."""
+        return {
+            "latency": self.teacher.latency_ms.value / self.student.latency_ms.value,
+            "throughput": self.student.throughput.value / self.teacher.throughput.value,
+        }
+
+    @property
+    def size_ratio(self) -> float:
+        """The student's bytes over the teacher's."""
+        return self.student.size_bytes / self.teacher.size_bytes
+
+    def verdict(self) -> str:
+        """The result in one sentence or two."""
+        kept = self.student.score.value / self.teacher.score.value if self.teacher.score.value else math.nan
+        speed = self.speedup
+        sentence = (
+            f"The student keeps {kept:.1%} of the teacher's {self.metric} at {speed['latency']:.1f}x the speed "
+            f"(batch 1; {speed['throughput']:.1f}x at batch 32) and {self.size_ratio:.2f}x the size."
+        )
+        if self.comparison is None:
+            return f"{sentence} No plainly trained baseline was run, so what distillation added is not known."
+        return f"{sentence} {gain_in_words(self.comparison.gain)}"
+
+    def to_json(self) -> str:
+        """Write the report as JSON, the source of every other form."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2, allow_nan=False, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: not a report, or one of another format version.
+        """
+        try:
+            data = json.loads(text)
+            version = data.pop("format")
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise ValueError(f"this is no limbeck report: {error}") from None
+        if version != FORMAT:
+            raise ValueError(f"the report has format {version}, this limbeck reads format {FORMAT}")
+        data["comparison"] = data["comparison"] and _comparison(data["comparison"])
+        for role in ("teacher", "baseline", "student"):
+            data[role] = data[role] and _model(data[role])
+        data["curves"] = [Curve(**c) for c in data["curves"]]
+        return cls(**data)
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Read ``report.json`` from a run's folder or by its own path.
+
+        Raises:
+            ValueError: there is no report.
+        """
+        file = path / "report.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(f"there is no report at {file}; name the folder of a finished run")
+        return cls.from_json(file.read_text())
+
+
+def gain_in_words(gain: Interval) -> str:
+    """Say what distillation added to plain training, and whether that is more than noise."""
+    points = f"{100 * gain.value:+.1f} points (95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
+    if not gain.excludes_zero:
+        return f"Distillation against plain training: {points}, which is within noise."
+    return f"Distillation gave {points} over plain training."
+
+
+def _interval(data: Mapping[str, float] | None) -> Interval | None:
+    return None if data is None else Interval(**data)
+
+
+def _with_intervals(data: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {key: _interval(value) if key in names else value for key, value in data.items()}
+
+
+def _model(data: Mapping[str, Any]) -> ModelResult:
+    return ModelResult(**_with_intervals(data, ("score", "latency_ms", "throughput")))
+
+
+def _comparison(data: Mapping[str, Any]) -> Comparison:
+    names = ("gain", "gap", "ratio", "retention", "agreement", "baseline_agreement")
+    return Comparison(**_with_intervals(data, names))

@@ -1,0 +1,260 @@
+"""Taps: places to read a model, and the recorder that reads them.
+
+A tap is a string. It names a module by its path, ``"encoder.layer.3"``, and reads that module's output; or an
+output of the whole model by its name, ``"logits"``, ``"hidden_states.3"``, ``"attentions.5"``. After a ``#``
+comes what to take where a module returns several things: ``"encoder#1"`` the second item, ``"encoder#pooled"``
+a key, ``"classifier#input"`` the module's first input instead of its output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from limbeck.registry import nearest
+
+OUTPUT_NAMES = frozenset(
+    ["logits", "hidden_states", "attentions", "last_hidden_state", "pooler_output", "start_logits", "end_logits", "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "decoder_hidden_states", "decoder_attentions", "cross_attentions", "image_embeds", "text_embeds"]
+)
+"""What transformers models call their outputs. A model read by `read=` may use any other name."""
+
+ON_REQUEST = ("hidden_states", "attentions")
+"""Outputs that a transformers model returns only when it is asked with ``output_<name>=True``."""
+
+Read = Callable[[Any], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """A parsed tap: a module's path, or None for an output of the model, and which part of it.
+
+    Example:
+        >>> parse("encoder#1", ["encoder"])
+        Tap(text='encoder#1', module='encoder', name='', part='1')
+        >>> parse("hidden_states.3", ["encoder"])
+        Tap(text='hidden_states.3', module=None, name='hidden_states', part='3')
+    """
+
+    text: str
+    module: str | None
+    name: str
+    part: str
+
+
+def parse(text: str, paths: Iterable[str], any_output: bool = False) -> Tap:
+    """Parse a tap against the module paths of a model.
+
+    Args:
+        text: The tap.
+        paths: The model's module paths.
+        any_output: Accept unknown output names (the model's outputs are mapped by `read=`).
+
+    Raises:
+        ValueError: no such module and no such output; the message lists the nearest paths.
+    """
+    paths = set(paths)
+    path, _, part = text.partition("#")
+    if path in paths:
+        return Tap(text, module=path, name="", part=part)
+    name, _, index = text.partition(".")
+    if name in OUTPUT_NAMES or (any_output and "#" not in text):
+        return Tap(text, module=None, name=name, part=index)
+    raise ValueError(f"no module or output {text!r}; {nearest(path, paths | {'logits'})}")
+
+
+def resolve(model: nn.Module, taps: Iterable[str], any_output: bool = False) -> dict[str, Tap]:
+    """Parse taps against a model.
+
+    Raises:
+        ValueError: a tap that the model does not have.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> resolve(model, ["0"])["0"].module
+        '0'
+    """
+    paths = [name for name, _ in model.named_modules()]
+    return {text: parse(text, paths, any_output) for text in taps}
+
+
+def read_output(output: Any, read: Read | None = None) -> Mapping[str, Any]:
+    """Name the outputs of a model: a tensor is its logits, a mapping or dataclass speaks for itself.
+
+    Raises:
+        TypeError: the outputs have no names and no `read` was given.
+
+    Example:
+        >>> sorted(read_output((torch.zeros(1), torch.ones(1)), read=lambda o: {"logits": o[0]}))
+        ['logits']
+    """
+    if read is not None:
+        return read(output)
+    if isinstance(output, Tensor):
+        return {"logits": output}
+    if isinstance(output, Mapping):
+        return output
+    if dataclasses.is_dataclass(output):
+        return vars(output)
+    raise TypeError(
+        f"the model returned a {type(output).__name__}, whose parts have no names; "
+        "name them with read=lambda output: {'logits': output[0]}"
+    )
+
+
+def pick(value: Any, part: str, text: str) -> Tensor:
+    """Take one tensor out of what a module or an output holds.
+
+    Raises:
+        ValueError: there is no such part, or it is no tensor.
+    """
+    if isinstance(value, Mapping) and part:
+        value = value.get(part)
+    elif isinstance(value, (tuple, list)) and (part or value):
+        index = int(part or 0)
+        if not -len(value) <= index < len(value):
+            raise ValueError(f"tap {text!r} asks for part {index} of {len(value)}; count from 0")
+        value = value[index]
+    if isinstance(value, Tensor):
+        return value
+    cure = "; load the model with attn_implementation='eager'" if "attentions" in text else ""
+    raise ValueError(f"tap {text!r} gave no tensor but {type(value).__name__}{cure}")
+
+
+def requested_outputs(taps: Iterable[Tap]) -> dict[str, bool]:
+    """The keyword arguments that make a transformers model return what the taps read."""
+    names = {tap.name for tap in taps if tap.module is None}
+    wanted = [o for o in ON_REQUEST if any(n == o or n.endswith(f"_{o}") for n in names)]
+    return {f"output_{name}": True for name in wanted}
+
+
+class Recorder:
+    """Reads taps while a model runs. Hooks exist only while armed, or pinned for `torch.compile`.
+
+    Args:
+        model: The model to read.
+        taps: Parsed taps by their text, from `resolve`.
+        read: Names the model's outputs where they have no names.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> recorder = Recorder(model, resolve(model, ["0", "logits"]))
+        >>> with recorder.armed():
+        ...     output = model(torch.zeros(1, 2))
+        >>> sorted(recorder.collect(output))
+        ['0', 'logits']
+        >>> len(model[0]._forward_hooks)
+        0
+    """
+
+    def __init__(self, model: nn.Module, taps: Mapping[str, Tap], read: Read | None = None) -> None:
+        self.model = model
+        self.taps = dict(taps)
+        self.read = read
+        self.cloned: set[str] = set()
+        self._handles: list[RemovableHandle] = []
+        self._pinned = False
+        self._recording = False
+        self._seen: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
+
+    @contextmanager
+    def armed(self) -> Iterator[None]:
+        """Record what the taps see inside the block; what was seen before is forgotten."""
+        self._seen.clear()
+        self._versions.clear()
+        if not self._pinned:
+            self._attach()
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+            if not self._pinned:
+                self._detach()
+
+    def pin(self) -> None:
+        """Keep the hooks attached: a compiled model ignores hooks that come after its first call."""
+        if not self._pinned:
+            self._attach()
+            self._pinned = True
+
+    def unpin(self) -> None:
+        """Take pinned hooks away."""
+        self._pinned = False
+        self._detach()
+
+    def collect(self, output: Any) -> dict[str, Tensor]:
+        """Return the tensor of every tap, given the model's output; the recorder keeps none of them.
+
+        Raises:
+            ValueError: a tapped module did not run, or an output is not there.
+        """
+        named = None
+        found = {}
+        for text, tap in self.taps.items():
+            if tap.module is not None:
+                if text not in self._seen:
+                    raise ValueError(f"the module of tap {text!r} did not run in this forward pass")
+                found[text] = self._seen[text]
+                continue
+            named = read_output(output, self.read) if named is None else named
+            if tap.name not in named:
+                raise ValueError(f"the model gave no {tap.name!r}; {nearest(tap.name, named)}")
+            found[text] = pick(named[tap.name], tap.part, text)
+        self._seen.clear()
+        return found
+
+    def overwritten(self) -> set[str]:
+        """The taps whose tensor a later in-place operation changed; they are cloned from now on."""
+        changed = {t for t, v in self._versions.items() if self._seen[t]._version != v}
+        self.cloned |= changed
+        return changed
+
+    def _attach(self) -> None:
+        modules = dict(self.model.named_modules())
+        for tap in self.taps.values():
+            if tap.module is not None:
+                hook = _Hook(self, tap)
+                self._handles.append(modules[tap.module].register_forward_hook(hook))
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def record(self, tap: Tap, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what one tap saw; called by the hooks.
+
+        Raises:
+            ValueError: the module ran twice in one forward pass.
+        """
+        if not self._recording:
+            return
+        if tap.text in self._seen:
+            raise ValueError(
+                f"the module of tap {tap.text!r} ran more than once in one forward pass; "
+                "tap an output of the model instead, such as 'hidden_states.3'"
+            )
+        from_input = tap.part == "input"
+        tensor = pick(inputs, "", tap.text) if from_input else pick(output, tap.part, tap.text)
+        kept = tensor.clone() if tap.text in self.cloned else tensor
+        self._seen[tap.text] = kept
+        if not torch.compiler.is_compiling():
+            self._versions[tap.text] = kept._version
+
+
+class _Hook:
+    """A forward hook that survives deepcopy and pickle of the model, unlike a closure."""
+
+    def __init__(self, recorder: Recorder, tap: Tap) -> None:
+        self.recorder = recorder
+        self.tap = tap
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self.recorder.record(self.tap, inputs, output)

@@ -1,0 +1,25 @@
+"""What a teacher is: something that offers taps and gives a Signal for a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+from limbeck.types import Batch, Signal
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """The source of what a student learns: a module, several of them, a cache, a server."""
+
+    def offers(self, tap: str) -> bool:
+        """Whether `signal` can be asked for this tap."""
+        ...
+
+    def names(self) -> Iterable[str]:
+        """Taps that this teacher offers, to suggest the nearest one in an error message."""
+        ...
+
+    def signal(self, batch: Batch, wants: Sequence[str]) -> Signal:
+        """Read the wanted taps for one batch, without gradient."""
+        ...
