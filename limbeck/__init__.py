@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from limbeck.terms import Term as Term
     from limbeck.terms import layer_pairs as layer_pairs
     from limbeck.terms import spread as spread
+    from limbeck.train import Callback as Callback
+    from limbeck.train import Examples as Examples
+    from limbeck.train import Settings as Settings
+    from limbeck.train import fit as fit
     from limbeck.types import Output as Output
     from limbeck.types import Signal as Signal
 
@@ -29,6 +33,10 @@ _HOMES = {
     "Term": "limbeck.terms",
     "layer_pairs": "limbeck.terms",
     "spread": "limbeck.terms",
+    "Callback": "limbeck.train",
+    "Examples": "limbeck.train",
+    "Settings": "limbeck.train",
+    "fit": "limbeck.train",
     "Output": "limbeck.types",
     "Signal": "limbeck.types",
 }

@@ -102,7 +102,7 @@ class Distiller(nn.Module):
         self.wants = tuple(dict.fromkeys(t.teacher_tap for t in terms if not t.reads_labels))
         self.teacher_seconds = 0.0
         self._losses = {t.name: t.bound() for t in terms}
-        self._read = read
+        self.read = read
         self._call = ModuleInputs(student)
         self._recorder = Recorder(student, self._student_taps(), read)
         self._gradients_checked = False
@@ -213,9 +213,7 @@ class Distiller(nn.Module):
             mask = None if key is None else valid_positions(batch, key)
             supplied = {"mask": mask, "labels": batch.get(LABELS)}
             with torch.autocast(read.device.type, enabled=False):
-                values = self._losses[term.name](
-                    read, target, **{name: supplied[name] for name in term.inputs}
-                )
+                values = self._losses[term.name](read, target, **{name: supplied[name] for name in term.inputs})
             if values.ndim == 0:  # it describes the batch as a whole, and counts once per example
                 mask, values = None, values.expand(batch_size(batch))
             count = None if counts is None else counts[EXAMPLES if mask is None else str(key)]
@@ -248,14 +246,14 @@ class Distiller(nn.Module):
     def _logits(self, seen: Mapping[str, Tensor], output: Any) -> Tensor | None:
         if "logits" in seen:
             return seen["logits"]
-        logits: Tensor | None = read_output(output, self._read).get("logits")
+        logits: Tensor | None = read_output(output, self.read).get("logits")
         return logits
 
     def _student_taps(self) -> dict[str, Tap]:
         taps: dict[str, Tap] = {}
         for term in self.terms:
             with _in_term(term, "student: "):
-                taps |= resolve(self.student, [term.tap], any_output=self._read is not None)
+                taps |= resolve(self.student, [term.tap], any_output=self.read is not None)
         return taps
 
     def _check_offers(self) -> None:

@@ -20,7 +20,23 @@ from torch.utils.hooks import RemovableHandle
 from limbeck.registry import nearest
 
 OUTPUT_NAMES = frozenset(
-    ["logits", "hidden_states", "attentions", "last_hidden_state", "pooler_output", "start_logits", "end_logits", "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "decoder_hidden_states", "decoder_attentions", "cross_attentions", "image_embeds", "text_embeds"]
+    {
+        "logits",
+        "hidden_states",
+        "attentions",
+        "last_hidden_state",
+        "pooler_output",
+        "start_logits",
+        "end_logits",
+        "encoder_last_hidden_state",
+        "encoder_hidden_states",
+        "encoder_attentions",
+        "decoder_hidden_states",
+        "decoder_attentions",
+        "cross_attentions",
+        "image_embeds",
+        "text_embeds",
+    }
 )
 """What transformers models call their outputs. A model read by `read=` may use any other name."""
 

@@ -286,8 +286,11 @@ def test_generates_the_same_with_and_without_a_cache(make):
 
 
 def test_layer_index_is_renumbered():
-    student = take_layers(build(llama), [3, 0, 1])
+    model = build(llama)
+    model.model.layers[3].mlp.layer_idx = -1
+    student = take_layers(model, [3, 0, 1])
     assert [layer.self_attn.layer_idx for layer in student.model.layers] == [0, 1, 2]
+    assert student.model.layers[0].mlp.layer_idx == -1
 
 
 # --- configs ------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
         ValueError: the shapes differ.
 
     Example:
+        >>> import torch
         >>> mse(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
         tensor([2.])
 
@@ -67,6 +68,7 @@ def cosine(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
         ValueError: the shapes differ.
 
     Example:
+        >>> import torch
         >>> cosine(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
         tensor([1.])
 

@@ -30,6 +30,7 @@ def cross_entropy(student: Tensor, labels: Tensor, *, label_smoothing: float = 0
         ValueError: the shapes do not belong together, or a label is outside the classes.
 
     Example:
+        >>> import torch
         >>> cross_entropy(torch.zeros(1, 4), torch.tensor([2])).item()  # doctest: +ELLIPSIS
         1.386...
 
@@ -68,6 +69,7 @@ def label_mse(student: Tensor, labels: Tensor) -> Tensor:
         ValueError: the numbers of predictions and labels differ.
 
     Example:
+        >>> import torch
         >>> label_mse(torch.tensor([[3.0]]), torch.tensor([5.0]))
         tensor([4.])
 

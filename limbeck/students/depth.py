@@ -212,7 +212,7 @@ def _renumber(stack: Stack, positions: Sequence[int]) -> None:
     """Give the kept layers their new ``layer_idx``: a cache has one place for each layer."""
     for place, (position, layer) in enumerate(zip(positions, stack, strict=True)):
         for module in layer.modules():
-            # A list inside the layer may number its own parts; those numbers stay.
+            # Another number is not the layer's own (Zamba2 marks parts without a cache by -1).
             if vars(module).get("layer_idx") == position:
                 setattr(module, "layer_idx", place)  # noqa: B010  mypy knows no such attribute
 

@@ -44,6 +44,7 @@ class ModuleInputs:
         }
 
     def __call__(self, batch: Batch, with_labels: bool = False, **extra: Any) -> Any:
+        """Call the model; `extra` goes to it as it is."""
         inputs = self.select(batch, with_labels)
         positional = batch.get(INPUTS, ())
         if not inputs and not positional:

@@ -1,0 +1,138 @@
+"""Metrics by name: functions of predictions and labels, each with its direction.
+
+They are scikit-learn's and SciPy's, the ones that GLUE's own scorer uses, so a number here is the number elsewhere.
+
+Shape legend: N examples, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from limbeck.registry import nearest
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A named score of predictions against labels.
+
+    Attributes:
+        name: Its name in reports and recipes.
+        function: ``(logits (N, C), labels (N,)) -> float``.
+        higher_is_better: The direction in which a model improves.
+
+    Example:
+        >>> METRICS["accuracy"](np.array([[2.0, 1.0], [0.0, 3.0]]), np.array([0, 0]))
+        0.5
+    """
+
+    name: str
+    function: Callable[[Array, Array], float]
+    higher_is_better: bool = True
+
+    def __call__(self, logits: Array, labels: Array) -> float:
+        """Score predictions (N, C) against labels (N,)."""
+        return float(self.function(logits, labels))
+
+    def better(self, score: float, than: float | None) -> bool:
+        """Whether a score beats another; anything beats None."""
+        if than is None:
+            return True
+        return score > than if self.higher_is_better else score < than
+
+
+def _classes(logits: Array) -> NDArray[np.int64]:
+    return logits.argmax(axis=-1)
+
+
+def _numbers(logits: Array) -> Array:
+    return logits.reshape(len(logits))
+
+
+def _accuracy(logits: Array, labels: Array) -> float:
+    return float(np.mean(_classes(logits) == labels))
+
+
+def _f1(logits: Array, labels: Array) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, _classes(logits), zero_division=0.0))
+
+
+def _macro_f1(logits: Array, labels: Array) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, _classes(logits), average="macro", zero_division=0.0))
+
+
+def _matthews(logits: Array, labels: Array) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(labels, _classes(logits)))
+
+
+def _pearson(logits: Array, labels: Array) -> float:
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, _numbers(logits), labels)
+
+
+def _spearman(logits: Array, labels: Array) -> float:
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, _numbers(logits), labels)
+
+
+def _correlation(function: Callable[..., tuple[float, float]], x: Array, y: Array) -> float:
+    """A correlation, 0 where one side is constant and none is defined."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    return float(function(x, y)[0])
+
+
+def _mean_squared_error(logits: Array, labels: Array) -> float:
+    return float(np.mean((_numbers(logits) - labels) ** 2))
+
+
+def _mean(*functions: Callable[[Array, Array], float]) -> Callable[[Array, Array], float]:
+    return lambda logits, labels: float(np.mean([f(logits, labels) for f in functions]))
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", _accuracy),
+        Metric("f1", _f1),
+        Metric("macro_f1", _macro_f1),
+        Metric("matthews", _matthews),
+        Metric("pearson", _pearson),
+        Metric("spearman", _spearman),
+        Metric("mse", _mean_squared_error, higher_is_better=False),
+        Metric("accuracy_and_f1", _mean(_accuracy, _f1)),
+        Metric("pearson_and_spearman", _mean(_pearson, _spearman)),
+    )
+}
+"""All metrics by name. The two with ``and`` are means, as GLUE scores MRPC, QQP and STS-B."""
+
+
+def get_metric(name: str | Metric) -> Metric:
+    """Find a metric by name.
+
+    Raises:
+        ValueError: there is none; the message lists the nearest.
+
+    Example:
+        >>> get_metric("mse").higher_is_better
+        False
+    """
+    if isinstance(name, Metric):
+        return name
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {name!r}; {nearest(name, METRICS)}")
+    return METRICS[name]

@@ -1,0 +1,178 @@
+"""Checkpoints: all that the next step depends on, in safetensors and JSON, written so that a crash harms nothing.
+
+A checkpoint is a folder ``step-00000078``. It is written under another name and renamed when it is complete, so a
+folder with that name is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+PREFIX = "step-"
+WEIGHTS = "distiller.safetensors"
+
+
+def flatten(tree: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """Take the tensors out of nested dicts and lists: a JSON skeleton and the tensors by their place in it.
+
+    Example:
+        >>> skeleton, tensors = flatten({"a": [torch.zeros(2), 3]})
+        >>> skeleton, list(tensors)
+        ({'a': [{'tensor': '/a/0'}, 3]}, ['/a/0'])
+    """
+    if isinstance(tree, Tensor):
+        return {"tensor": prefix}, {prefix: tree.detach().contiguous()}
+    tensors: dict[str, Tensor] = {}
+    if isinstance(tree, Mapping):
+        parts = {str(key): flatten(value, f"{prefix}/{key}") for key, value in tree.items()}
+        for _, found in parts.values():
+            tensors |= found
+        return {key: skeleton for key, (skeleton, _) in parts.items()}, tensors
+    if isinstance(tree, (list, tuple)):
+        items = [flatten(value, f"{prefix}/{i}") for i, value in enumerate(tree)]
+        for _, found in items:
+            tensors |= found
+        return [skeleton for skeleton, _ in items], tensors
+    return tree, {}
+
+
+def unflatten(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Put the tensors back; the inverse of `flatten`, with lists for tuples."""
+    if isinstance(skeleton, dict):
+        if skeleton.keys() == {"tensor"}:
+            return tensors[skeleton["tensor"]]
+        return {key: unflatten(value, tensors) for key, value in skeleton.items()}
+    if isinstance(skeleton, list):
+        return [unflatten(value, tensors) for value in skeleton]
+    return skeleton
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Save a state dict, each storage once, and replace the file only when it is whole."""
+    state = module.state_dict()
+    first: dict[int, str] = {}
+    tied = {}
+    for name, tensor in state.items():
+        other = first.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+        if other != name and state[other].shape == tensor.shape:
+            tied[name] = other
+    whole = {name: tensor.contiguous() for name, tensor in state.items() if name not in tied}
+    temporary = path.with_suffix(".partial")
+    save_file(whole, temporary, metadata={"tied": json.dumps(tied)})
+    temporary.replace(path)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load what `save_weights` saved.
+
+    Raises:
+        ValueError: the file belongs to another model.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        tied = json.loads(file.metadata()["tied"])
+    state = load_file(path)
+    state |= {name: state[other] for name, other in tied.items()}
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} belongs to another model: {str(error).splitlines()[1].strip()}") from None
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator that training draws from."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, [int(k) for k in keys], int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put the random generators back to where `random_state` found them."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def write_tree(tree: Any, folder: Path, name: str) -> None:
+    """Write nested data with tensors as ``name.json`` and ``name.safetensors``."""
+    skeleton, tensors = flatten(tree)
+    save_file(tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(skeleton))
+
+
+def read_tree(folder: Path, name: str) -> Any:
+    """Read what `write_tree` wrote."""
+    skeleton = json.loads((folder / f"{name}.json").read_text())
+    return unflatten(skeleton, load_file(folder / f"{name}.safetensors"))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state in a form that JSON can key."""
+    state = optimizer.state_dict()
+    return {"state": {str(k): v for k, v in state["state"].items()}, "param_groups": state["param_groups"]}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load what `optimizer_state` gave."""
+    by_number = {int(k): v for k, v in state["state"].items()}
+    optimizer.load_state_dict({"state": by_number, "param_groups": state["param_groups"]})
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"{PREFIX}{step:08d}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    return sorted(p for p in folder.glob(f"{PREFIX}*") if p.suffix != ".partial" and p.is_dir())
+
+
+def latest(folder: Path | None) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    found = checkpoints(folder) if folder is not None and folder.is_dir() else []
+    return found[-1] if found else None
+
+
+def begin(folder: Path, step: int) -> Path:
+    """Open the folder in which a checkpoint is prepared."""
+    partial = step_folder(folder, step).with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def finish(partial: Path, keep: int) -> Path:
+    """Make a prepared checkpoint valid, on the disk and not only in its cache, and drop the oldest ones."""
+    for file in partial.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    final = partial.with_suffix("")
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    for old in checkpoints(final.parent)[:-keep]:
+        shutil.rmtree(old)
+    return final
