@@ -1,6 +1,6 @@
 """Metrics by name: functions of predictions and labels, each with its direction.
 
-They are scikit-learn's and SciPy's, the ones that GLUE's own scorer uses, so a number here is the number elsewhere.
+They are scikit-learn's and SciPy's, the ones that GLUE's own scorer uses, so numbers compare.
 
 Shape legend: N examples, C classes.
 """
@@ -47,8 +47,8 @@ class Metric:
         return score > than if self.higher_is_better else score < than
 
 
-def _classes(logits: Array) -> NDArray[np.int64]:
-    return logits.argmax(axis=-1)
+def _classes(logits: Array) -> NDArray[np.intp]:
+    return np.argmax(logits, axis=-1)
 
 
 def _numbers(logits: Array) -> Array:

@@ -36,7 +36,7 @@ def paired_log_probs(student: Tensor, teacher: Tensor, temperature: float) -> tu
 
 
 def expectation(log_p: Tensor, values: Tensor) -> Tensor:
-    """Sum ``p · values`` over the last dimension, where what has no probability counts nothing, even if infinite."""
+    """Sum ``p · values`` over the last dimension; what has no probability counts nothing, even if infinite."""
     p = log_p.exp()
     return torch.where(p > 0, p * values, torch.zeros_like(p)).sum(dim=-1)
 
@@ -76,7 +76,7 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, *, temperature: float =
 
     .. math:: -T^2 \sum_c p_c \log q_c
 
-    It has the gradient of `forward_kl` and is larger by T² times the teacher's entropy; it is not zero at equality.
+    It has the gradient of `forward_kl` and is larger by T² times the teacher's entropy: not zero at equality.
 
     Args:
         student: Logits (..., C).

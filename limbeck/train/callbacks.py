@@ -56,7 +56,10 @@ class State:
     checkpoint: Path | None = None
     stop: str = ""
 
-    KEPT = "step epoch position seconds teacher_seconds examples best_score best_step stale history".split()
+    KEPT: ClassVar[tuple[str, ...]] = (
+        *("step", "epoch", "position", "seconds", "teacher_seconds", "examples"),
+        *("best_score", "best_step", "stale", "history"),
+    )
 
     def kept(self) -> dict[str, Any]:
         """What a checkpoint holds of this."""

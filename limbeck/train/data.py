@@ -141,7 +141,7 @@ class ExampleBatches:
 class LoaderBatches:
     """Batches of a user's own loader; each of its batches is the global batch of a step.
 
-    The loader's own shuffling repeats on resume if it draws from PyTorch's default generator, as a DataLoader does.
+    The loader's own shuffling repeats on resume if it draws from PyTorch's default generator, as DataLoader does.
     """
 
     def __init__(self, loader: Any, settings: Settings, rank: int = 0, world: int = 1) -> None:
@@ -159,7 +159,9 @@ class LoaderBatches:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed * 100_003 + number)
             batches = iter(self.loader)
-        for batch in itertools.islice(batches, skip, None):
+            # The sampler draws its seed with the first batch, so that one is loaded here, and those to skip.
+            head = list(itertools.islice(batches, skip + 1))[skip:]
+        for batch in itertools.chain(head, batches):
             named = as_batch(batch)
             ranges = shares(batch_size(named), self.rank, self.world, self.settings.accumulation)
             yield [rows(named, a, b) for a, b in ranges]
@@ -171,7 +173,7 @@ class LoaderBatches:
 
 
 def as_batches(data: Any, settings: Settings, rank: int = 0, world: int = 1) -> Batches:
-    """Make batches of `Examples`, a DataLoader, a list of batches, or a data set with a length and an index.
+    """Make batches of `Examples`, a DataLoader, or a data set (a list too) with a length and an index.
 
     Raises:
         TypeError: none of these.
@@ -179,11 +181,11 @@ def as_batches(data: Any, settings: Settings, rank: int = 0, world: int = 1) -> 
     """
     if isinstance(data, Examples):
         return ExampleBatches(data, settings, rank, world)
-    if isinstance(data, (DataLoader, list, tuple)):
+    if isinstance(data, DataLoader):
         return LoaderBatches(data, settings, rank, world)
     if callable(getattr(data, "__len__", None)) and callable(getattr(data, "__getitem__", None)):
         return ExampleBatches(Examples(data), settings, rank, world)
     raise TypeError(
-        f"cannot batch a {type(data).__name__}; pass a data set with a length and an index, a DataLoader, "
-        "a list of batches, or limbeck.Examples"
+        f"cannot batch a {type(data).__name__}; pass a data set with a length and an index, "
+        "a DataLoader or limbeck.Examples"
     )

@@ -68,7 +68,7 @@ def fit(
 
     Args:
         distiller: Student, teacher and terms. Its student is trained in place.
-        train_data: A data set with a length and an index, a DataLoader, a list of batches, or `Examples`.
+        train_data: A data set with a length and an index, a DataLoader, or `Examples`.
         eval_data: The same, for evaluations on the way; None for none.
         settings: How to train.
         metric: What evaluations measure; with its direction it chooses the best model.

@@ -1,0 +1,229 @@
+"""Evaluation: scores with intervals, agreement with the teacher, speed, size.
+
+Shape legend: N examples, R resamples, S seeds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from limbeck.metrics import Array, Metric
+from limbeck.report.report import Comparison, Interval
+from limbeck.teachers import ModuleInputs
+from limbeck.train import Examples, Predictions
+
+RESAMPLES = 1000
+LEVEL = 0.95
+
+
+class Bootstrap:
+    """Resamples of evaluation examples and seeds, the same for every model, so that differences are paired.
+
+    Each resample draws the examples with replacement, and the seeds too where there are several.
+
+    Args:
+        labels: What is true of each example, (N,).
+        metric: The score.
+        seeds: Number of seeds S.
+        resamples: Number of resamples R.
+
+    Example:
+        >>> labels = np.array([0, 1] * 50)
+        >>> from limbeck.metrics import METRICS
+        >>> bootstrap = Bootstrap(labels, METRICS["accuracy"], resamples=100)
+        >>> right = np.eye(2)[labels]
+        >>> bootstrap.interval(bootstrap.scores([right])).value
+        1.0
+
+    Reference:
+        Efron and Tibshirani 1993, An Introduction to the Bootstrap (percentile intervals).
+    """
+
+    def __init__(self, labels: Array, metric: Metric, seeds: int = 1, resamples: int = RESAMPLES) -> None:
+        generator = np.random.default_rng(0)
+        self.labels = labels
+        self.metric = metric
+        self.examples = generator.integers(0, len(labels), (resamples, len(labels)))
+        self.seeds = generator.integers(0, seeds, (resamples, seeds))
+
+    def scores(self, logits: Sequence[Array]) -> Array:
+        """The score of a model in each resample, (R + 1,), the first on the data as it is.
+
+        Args:
+            logits: Predictions (N, C), one array for each seed; a single array stands for all seeds.
+        """
+
+        def mean(resample: int, examples: NDArray[np.int64]) -> float:
+            seeds = self.seeds[resample] if len(logits) > 1 else (0,)
+            return float(np.mean([self.metric(logits[s][examples], self.labels[examples]) for s in seeds]))
+
+        whole = np.mean([self.metric(each, self.labels) for each in logits])
+        return np.array([whole, *(mean(r, chosen) for r, chosen in enumerate(self.examples))])
+
+    @staticmethod
+    def interval(values: Array) -> Interval:
+        """The first value with the percentile interval of the others."""
+        tail = 100 * (1 - LEVEL) / 2
+        low, high = np.percentile(values[1:], [tail, 100 - tail])
+        return Interval(float(values[0]), float(low), float(high))
+
+
+def compare(
+    bootstrap: Bootstrap,
+    teacher: Sequence[Array],
+    baseline: Sequence[Array],
+    student: Sequence[Array],
+) -> Comparison:
+    """Say how a student stands to its teacher and to its plainly trained twin.
+
+    Args:
+        bootstrap: The resamples.
+        teacher: Predictions of the teacher, one array.
+        baseline: Predictions of the baseline, one array for each seed.
+        student: Predictions of the student, one array for each seed.
+
+    Returns:
+        Differences and ratios with paired 95 % intervals. In metrics where lower is better, gain and gap count
+        improvements as positive.
+    """
+    sign = 1.0 if bootstrap.metric.higher_is_better else -1.0
+    scores = {role: bootstrap.scores(p) for role, p in _roles(teacher, baseline, student)}
+    gain = sign * (scores["student"] - scores["baseline"])
+    gap = sign * (scores["teacher"] - scores["baseline"])
+    ratio, note = _distillation_ratio(bootstrap, gain, gap)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        retention = np.nan_to_num(scores["student"] / scores["teacher"], nan=0.0, posinf=0.0, neginf=0.0)
+    return Comparison(
+        gain=bootstrap.interval(gain),
+        gap=bootstrap.interval(gap),
+        ratio=ratio,
+        ratio_note=note,
+        retention=bootstrap.interval(retention),
+        agreement=agreement(bootstrap, teacher[0], student),
+        baseline_agreement=agreement(bootstrap, teacher[0], baseline),
+    )
+
+
+def _roles(teacher: Any, baseline: Any, student: Any) -> list[tuple[str, Sequence[Array]]]:
+    return [("teacher", teacher), ("baseline", baseline), ("student", student)]
+
+
+def _distillation_ratio(bootstrap: Bootstrap, gain: Array, gap: Array) -> tuple[Interval | None, str]:
+    """Gain over gap, where there is a gap.
+
+    Reference:
+        He et al. 2022, Towards Automated Distillation, AutoML-Conf late-breaking workshop.
+    """
+    whole = bootstrap.interval(gap)
+    if not whole.excludes_zero:
+        return None, (
+            "not defined: the gap between teacher and baseline is within noise "
+            f"({100 * whole.low:+.1f} to {100 * whole.high:+.1f} points)"
+        )
+    if whole.value < 0:
+        return None, "not defined: the baseline is better than the teacher"
+    usable = gap != 0
+    ratios = gain[usable] / gap[usable]
+    return bootstrap.interval(ratios), ""
+
+
+def agreement(bootstrap: Bootstrap, teacher: Array, student: Sequence[Array]) -> Interval:
+    """How often student and teacher decide alike; for numbers, how they correlate (Pearson).
+
+    Args:
+        bootstrap: The resamples.
+        teacher: Predictions (N, C), or (N, 1) for numbers.
+        student: The student's, one array for each seed.
+    """
+    if teacher.shape[1] > 1:
+        alike = np.mean([teacher.argmax(1) == each.argmax(1) for each in student], axis=0)
+        values = np.array([alike.mean(), *alike[bootstrap.examples].mean(axis=1)])
+        return bootstrap.interval(values)
+    flat = teacher[:, 0]
+
+    def correlation(chosen: Any) -> float:
+        with np.errstate(invalid="ignore"):
+            pairs = [np.corrcoef(flat[chosen], each[chosen, 0])[0, 1] for each in student]
+        return float(np.nan_to_num(np.mean(pairs)))
+
+    everything = slice(None)
+    return bootstrap.interval(np.array([correlation(c) for c in (everything, *bootstrap.examples)]))
+
+
+def score_all(predictions: Predictions, metrics: Sequence[Metric]) -> dict[str, float]:
+    """All metrics of one set of predictions."""
+    return {m.name: m(predictions.logits, predictions.labels) for m in metrics}
+
+
+def measure_speed(
+    models: Mapping[str, nn.Module],
+    data: Examples,
+    *,
+    batch_size: int,
+    repeats: int = 30,
+    warmup: int = 3,
+) -> dict[str, Interval]:
+    """Time one forward pass of several models on the same batches, in turn.
+
+    The models take turns on every batch, so that a machine that slows down slows all of them.
+
+    Args:
+        models: The models by name, all taking the same inputs.
+        data: Where the batches come from.
+        batch_size: Examples in a batch.
+        repeats: Timed rounds.
+        warmup: Rounds before that.
+
+    Returns:
+        Seconds per batch by name: the median with the quartiles.
+
+    Example:
+        >>> data = Examples([{"input": torch.zeros(4)}] * 8)
+        >>> measured = measure_speed({"a": nn.Linear(4, 4)}, data, batch_size=4, repeats=3)
+        >>> measured["a"].low <= measured["a"].value <= measured["a"].high
+        True
+    """
+    size = min(batch_size, len(data))
+    calls = {name: ModuleInputs(model.eval()) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(warmup + repeats):
+        start = (turn * size) % max(1, len(data) - size + 1)
+        batch = data.batch(range(start, start + size))
+        for name, call in calls.items():
+            seconds = _time(lambda call=call, batch=batch: call(batch))  # type: ignore[misc]
+            if turn >= warmup:
+                times[name].append(seconds)
+    return {name: _quartiles(values) for name, values in times.items()}
+
+
+@torch.no_grad()
+def _time(run: Callable[[], Any]) -> float:
+    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    synchronise()
+    start = time.perf_counter()
+    run()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def _quartiles(values: list[float]) -> Interval:
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return Interval(float(middle), float(low), float(high))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def size_in_bytes(model: nn.Module) -> int:
+    """Bytes of the weights as they are saved, shared ones once."""
+    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -1,0 +1,55 @@
+"""The report as one page that needs nothing else: no network, no script."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from limbeck.report import plots, tables
+from limbeck.report.format import clean
+from limbeck.report.report import Report
+
+
+def render_html(report: Report) -> str:
+    """Write a report as a self-contained HTML page.
+
+    Args:
+        report: What to show. Texts in it are taken for texts, whatever they hold.
+
+    Returns:
+        The page. The same report gives the same page, byte for byte.
+    """
+    # Every text in a report is somebody's: names of terms, paths, versions. None may become markup.
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize
+    )
+    source = files("limbeck.report").joinpath("template.html.j2").read_text("utf-8")
+    return environment.from_string(source).render(
+        report=report,
+        verdict=report.verdict(),
+        rows=tables.side_by_side(report),
+        scale_note=tables.scale_note(report),
+        facts=tables.comparison_facts(report),
+        plan_columns=tables.PLAN_COLUMNS,
+        plan=tables.plan_rows(report),
+        run=tables.facts_of_run(report),
+        environment=tables.environment_rows(report.environment),
+        recipe=tables.recipe_text(report),
+        limits=tables.INTERVAL_NOTES,
+        tap_map=_trusted(plots.tap_map(report)),
+        quality=_trusted(plots.quality_against_latency(report)),
+        scores=_trusted(plots.scores_over_steps(report)),
+        curves=[_trusted(svg) for svg in plots.training_curves(report)],
+    )
+
+
+def _finalize(value: object) -> object:
+    """Clean what goes into the page, but for the pictures, which are markup and clean already."""
+    return clean(value) if type(value) is str else value
+
+
+def _trusted(svg: str) -> Markup:
+    """Let our own pictures in as markup; they come out of an XML writer, which escaped every text in them."""
+    return Markup(svg)

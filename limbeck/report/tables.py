@@ -1,0 +1,273 @@
+"""What a report says, as rows of text: the page, the model card and the terminal show the same rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from limbeck.report import format as write
+from limbeck.report.format import NOTHING, Scale, one_line
+from limbeck.report.report import Comparison, Interval, ModelResult, Report
+
+PLAN_COLUMNS = ("term", "loss", "student tap", "teacher tap", "weight", "projection", "parameters")
+
+INTERVAL_NOTES = (
+    "Scores stand with their 95% interval, times with their median and quartiles. The intervals cover chance in "
+    "the evaluation examples and in the seeds that were run; they say nothing of other data or other settings.",
+    "Latency and throughput were measured on one machine, the one described here. Elsewhere the ratios are a "
+    "guide, the milliseconds are not.",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the side-by-side table.
+
+    Attributes:
+        value: The number.
+        detail: Its interval, or a remark on it; may be empty.
+    """
+
+    value: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the side-by-side table: a label and one cell per model, in the report's order."""
+
+    label: str
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing that the comparison found.
+
+    Attributes:
+        name: What it is called.
+        value: The number, or why there is none.
+        detail: Its interval; may be empty.
+        meaning: What it means and how it was measured, in a sentence.
+    """
+
+    name: str
+    value: str
+    detail: str
+    meaning: str
+
+
+def score_scale(report: Report) -> Scale:
+    """Choose how the main metric is written."""
+    ends = [end for m in report.models for end in (m.score.value, m.score.low, m.score.high)]
+    return write.scale_for(report.metric, ends, higher_is_better=report.higher_is_better)
+
+
+def scale_note(report: Report) -> str:
+    """Say in words how scores are written and which direction is good."""
+    direction = "Higher is better." if report.higher_is_better else "Lower is better."
+    if score_scale(report).in_points:
+        return f"{direction} Scores are in points, 100 times {one_line(report.metric)}."
+    return direction
+
+
+def side_by_side(report: Report) -> list[Row]:
+    """Build the rows of the table teacher, baseline, student."""
+    return [
+        *_score_rows(report),
+        _row(report, "Parameters", lambda m: Cell(write.parameters(m.parameters))),
+        _row(report, "Size on disk", lambda m: Cell(write.size(m.size_bytes))),
+        _row(report, "Latency, batch 1 (ms)", lambda m: _measured(m.latency_ms)),
+        _row(report, "Throughput, batch 32 (examples/s)", lambda m: _measured(m.throughput)),
+        _row(report, "Training time", _training_time),
+        _row(report, "of it the teacher's forward passes", _teacher_time),
+    ]
+
+
+def comparison_facts(report: Report) -> list[Fact]:
+    """Build what the comparison says: quality first (where there is a baseline), then speed and size."""
+    quality = [] if report.comparison is None else _quality_facts(report, report.comparison)
+    return [*quality, *_speed_facts(report)]
+
+
+def plan_rows(report: Report) -> list[tuple[str, ...]]:
+    """Build the rows of the table of terms, in the order of `PLAN_COLUMNS`."""
+    return [_plan_row(row) for row in report.plan]
+
+
+def facts_of_run(report: Report) -> list[tuple[str, str]]:
+    """List what the run was made of: task, examples, seeds, date."""
+    examples = ", ".join(f"{count:,} {one_line(split)}" for split, count in report.examples.items())
+    return [
+        ("Task", one_line(report.task)),
+        ("Metric", f"{one_line(report.metric)}, {'higher' if report.higher_is_better else 'lower'} is better"),
+        ("Examples", examples or NOTHING),
+        ("Seeds", ", ".join(map(str, report.seeds)) or NOTHING),
+        ("Created", one_line(report.created)),
+    ]
+
+
+def environment_rows(environment: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
+    """Flatten the environment into names and values.
+
+    Example:
+        >>> environment_rows({"threads": 2, "versions": {"torch": "2.13"}})
+        [('threads', '2'), ('versions, torch', '2.13')]
+    """
+    rows: list[tuple[str, str]] = []
+    for key, value in environment.items():
+        name = f"{above}, {key}" if above else str(key)
+        if isinstance(value, Mapping):
+            rows += environment_rows(value, name)
+        else:
+            rows.append((one_line(name), one_line(str(value))))
+    return rows
+
+
+def recipe_text(report: Report) -> str:
+    """Write the resolved recipe as YAML."""
+    import yaml
+
+    plain = json.loads(json.dumps(report.recipe, default=str))  # paths and the like become text
+    return write.clean(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)) if plain else ""
+
+
+def _score_rows(report: Report) -> list[Row]:
+    scale = score_scale(report)
+    name = one_line(report.metric)
+    rows = [_row(report, name, lambda m: Cell(scale.write(m.score.value), scale.ends(m.score)))]
+    if any(len(m.scores_by_seed) > 1 for m in report.models):
+        rows.append(_row(report, f"{name}, by seed", lambda m: Cell(_by_seed(m, scale))))
+    others = dict.fromkeys(key for m in report.models for key in m.metrics if key != report.metric)
+    return rows + [_metric_row(report, key) for key in others]
+
+
+def _metric_row(report: Report, key: str) -> Row:
+    scale = write.scale_for(key, [m.metrics[key] for m in report.models if key in m.metrics])
+    return _row(
+        report, one_line(key), lambda m: Cell(scale.write(m.metrics[key]) if key in m.metrics else NOTHING)
+    )
+
+
+def _row(report: Report, label: str, cell: Callable[[ModelResult], Cell]) -> Row:
+    return Row(label, [cell(model) for model in report.models])
+
+
+def _measured(interval: Interval) -> Cell:
+    return Cell(write.measure(interval.value), write.measure_ends(interval))
+
+
+def _by_seed(model: ModelResult, scale: Scale) -> str:
+    return "  ".join(scale.write(score) for score in model.scores_by_seed) or NOTHING
+
+
+def _training_time(model: ModelResult) -> Cell:
+    return Cell(write.duration(model.training_seconds)) if model.training_seconds else Cell("not trained here")
+
+
+def _teacher_time(model: ModelResult) -> Cell:
+    if not model.training_seconds or not model.teacher_seconds:
+        return Cell(NOTHING)
+    part = model.teacher_seconds / model.training_seconds
+    return Cell(write.duration(model.teacher_seconds), write.share(part))
+
+
+def _quality_facts(report: Report, comparison: Comparison) -> list[Fact]:
+    scale, metric = score_scale(report), one_line(report.metric)
+    direction = "" if report.higher_is_better else " Lower is better, so a negative gain is a good one."
+    gain, gap = comparison.gain, comparison.gap
+    return [
+        Fact(
+            "Gain",
+            scale.signed(gain.value) + scale.unit,
+            scale.signed_ends(gain),
+            "What distillation added: student minus baseline, its twin with the same start and the same budget, "
+            f"trained on the labels alone; paired over the evaluation examples.{direction}{_noise(gain)}",
+        ),
+        Fact(
+            "Gap",
+            scale.signed(gap.value) + scale.unit,
+            scale.signed_ends(gap),
+            f"What there was to win: teacher minus baseline, paired over the evaluation examples.{_noise(gap)}",
+        ),
+        _ratio_fact(comparison),
+        Fact(
+            "Retention",
+            write.share(comparison.retention.value),
+            write.share_ends(comparison.retention),
+            f"The student's {metric} over the teacher's, on the same evaluation examples.",
+        ),
+        Fact(
+            "Agreement",
+            write.share(comparison.agreement.value),
+            write.share_ends(comparison.agreement),
+            "How often student and teacher decide alike on an evaluation example, right or wrong (for regression: "
+            "the correlation of their outputs). The baseline agrees with the teacher on "
+            f"{write.share(comparison.baseline_agreement.value)} "
+            f"{write.share_ends(comparison.baseline_agreement)}.",
+        ),
+    ]
+
+
+def _ratio_fact(comparison: Comparison) -> Fact:
+    meaning = (
+        "The part of the gap that distillation closed: gain over gap. At 0 it added nothing to plain training, at "
+        "1 the student is as good as its teacher."
+    )
+    if comparison.ratio is None:
+        note = one_line(comparison.ratio_note)
+        return Fact(
+            "Distillation ratio", "none", "", f"{meaning} It is not given here: {note or 'no reason given'}"
+        )
+    ratio = comparison.ratio
+    return Fact("Distillation ratio", write.RATIO.write(ratio.value), write.RATIO.ends(ratio), meaning)
+
+
+def _speed_facts(report: Report) -> list[Fact]:
+    speed, teacher, student = report.speedup, report.teacher, report.student
+    return [
+        Fact(
+            "Speed-up",
+            write.times(speed["latency"]),
+            f"{write.times(speed['throughput'])} at batch 32",
+            "The teacher's median time for one example over the student's, "
+            f"{write.measure(teacher.latency_ms.value)} ms against {write.measure(student.latency_ms.value)} ms, "
+            "on the same machine.",
+        ),
+        Fact(
+            "Size",
+            write.times(report.size_ratio),
+            "",
+            f"The student's weights on disk over the teacher's, {write.size(student.size_bytes)} against "
+            f"{write.size(teacher.size_bytes)}.",
+        ),
+    ]
+
+
+def _noise(interval: Interval) -> str:
+    return "" if interval.excludes_zero else " The interval holds zero, so this is within noise."
+
+
+def _plan_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    projection = row.get("projection")
+    return (
+        one_line(str(row.get("name", NOTHING))),
+        one_line(str(row.get("loss", NOTHING))),
+        one_line(str(row.get("tap", NOTHING))),
+        "labels (ground truth)" if row.get("teacher_tap") == "labels" else one_line(str(row.get("teacher_tap"))),
+        weight_text(row.get("weight", 1.0)),
+        NOTHING if not projection else one_line(str(projection)),
+        write.parameters(row.get("parameters") or 0),
+    )
+
+
+def weight_text(weight: float) -> str:
+    """Write the weight of a term.
+
+    Example:
+        >>> weight_text(1.0), weight_text(1 / 3)
+        ('1', '0.333')
+    """
+    return f"{weight:.3g}"

@@ -1,0 +1,145 @@
+"""What a task is: examples with labels, a way to encode them for a model, and the metrics that judge it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from limbeck.registry import Registry
+from limbeck.train import Examples
+
+TRAIN = "train"
+VALIDATION = "validation"
+
+
+class TaskOptions(BaseModel):
+    """Which task, on which data; the ``task:`` part of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="glue/rte, table, docstrings, digits, ...")
+    data: str | None = Field(None, description="a folder or file; by default the hub, or what the task carries")
+    text: tuple[str, ...] = Field((), description="text columns of a table, one or two")
+    label: str | None = Field(None, description="label column of a table")
+    metric: str | None = Field(None, description="main metric, if not the task's own")
+    max_length: int = Field(128, gt=0, description="tokens after which a text is cut")
+    train_examples: int | None = Field(None, gt=0, description="use a random part of the training data")
+    eval_examples: int | None = Field(None, gt=0, description="use a random part of the evaluation data")
+    holdout: float = Field(0.0, ge=0, lt=1, description="share of the training data kept to choose models by")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The examples of one split before encoding.
+
+    Attributes:
+        inputs: What a model will read: tuples of one or two texts, or images.
+        labels: A class index or a number for each.
+    """
+
+    inputs: Sequence[Any]
+    labels: Sequence[float]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Sequence[int]) -> Rows:
+        """Some of the examples.
+
+        Example:
+            >>> Rows([("a",), ("b",)], [0, 1]).take([1]).inputs
+            [('b',)]
+        """
+        return Rows([self.inputs[i] for i in indices], [self.labels[i] for i in indices])
+
+    def subset(self, count: int | None, seed: int = 0) -> Rows:
+        """A random part, always the same one; all of them where `count` is None or too large."""
+        if count is None or count >= len(self):
+            return self
+        chosen = np.random.default_rng(seed).permutation(len(self))[:count]
+        return self.take(sorted(chosen.tolist()))
+
+    def fingerprint(self) -> str:
+        """A hash of every example, to tell whether two runs saw the same data."""
+        digest = hashlib.sha256()
+        for example, label in zip(self.inputs, self.labels, strict=True):
+            content = example.tobytes() if isinstance(example, np.ndarray) else "\x1f".join(example).encode()
+            digest.update(content + b"\x1e" + repr(float(label)).encode() + b"\x1e")
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, what encodes its inputs, and whether its head was trained or is new."""
+
+    model: nn.Module
+    processor: Any
+    head_is_trained: bool
+
+
+class Task(Protocol):
+    """A problem to solve, with data.
+
+    Attributes:
+        name: Its name.
+        labels: Names of the classes; empty where a number is to be predicted.
+        metrics: Names of the metrics, the main one first.
+        splits: ``"train"``, ``"validation"`` and, for some tasks, further splits to evaluate on.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+    splits: dict[str, Rows]
+
+    def load(self, source: str | Path) -> Loaded:
+        """Load a model with a head for this task, from a folder or the hub.
+
+        Raises:
+            ValueError: nothing to load, or a head that was trained for other labels.
+        """
+        ...
+
+    def encode(self, rows: Rows, processor: Any) -> Examples:
+        """Make the examples that a model trains on."""
+        ...
+
+
+def is_regression(task: Task) -> bool:
+    """Whether a number is to be predicted and not a class."""
+    return not task.labels
+
+
+Kind = Literal["classification", "regression"]
+
+TASKS: Registry[Callable[..., Task]] = Registry("task")
+
+
+def shorten(task_splits: dict[str, Rows], options: TaskOptions) -> dict[str, Rows]:
+    """Apply ``train_examples``, ``eval_examples`` and ``holdout`` to the splits of a task.
+
+    The part held out of the training data becomes the split ``"holdout"``.
+
+    Raises:
+        ValueError: a split without examples.
+    """
+    splits = {
+        name: rows.subset(options.train_examples if name == TRAIN else options.eval_examples)
+        for name, rows in task_splits.items()
+    }
+    for name, rows in splits.items():
+        if not len(rows):
+            raise ValueError(f"the {name} split is empty; check the data")
+    if options.holdout:
+        order = np.random.default_rng(1).permutation(len(splits[TRAIN])).tolist()
+        held = max(1, round(options.holdout * len(order)))
+        train = splits[TRAIN]
+        splits[TRAIN], splits["holdout"] = train.take(sorted(order[held:])), train.take(sorted(order[:held]))
+    return splits

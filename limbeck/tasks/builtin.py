@@ -1,0 +1,110 @@
+"""A text task that every Python carries: which standard-library package does a docstring belong to?"""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from limbeck.tasks.base import TASKS, TRAIN, VALIDATION, Loaded, Rows, TaskOptions, shorten
+from limbeck.tasks.tables import split_rows
+from limbeck.tasks.text import TextTask
+
+FEWEST, MOST, CLASSES = 100, 700, 10
+SHORTEST = 25
+SKIPPED = {"test", "tests", "idlelib", "site-packages", "__pycache__", "ensurepip", "turtledemo"}
+VOCABULARY = 4000
+SPECIAL = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+
+
+@TASKS.register_as("docstrings")
+def docstrings(options: TaskOptions) -> TextTask:
+    """Make the task from the source of the running Python's standard library.
+
+    Raises:
+        ValueError: this Python came without the source of its standard library.
+    """
+    by_package = docstrings_by_package(Path(sysconfig.get_paths()["stdlib"]))
+    sizes = {name: len(texts) for name, texts in by_package.items() if len(texts) >= FEWEST}
+    if len(sizes) < 2:
+        raise ValueError("this Python came without the source of its standard library; use another task")
+    names = tuple(sorted(sorted(sizes, key=lambda n: (-sizes[n], n))[:CLASSES]))
+    texts: list[tuple[str, ...]] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        chosen = sorted(by_package[name])[:MOST]
+        texts += [(text,) for text in chosen]
+        labels += [label] * len(chosen)
+    train, validation = split_rows(Rows(texts, labels))
+    metrics = ("accuracy", "macro_f1")
+    splits = shorten({TRAIN: train, VALIDATION: validation}, options)
+    return TextTask("docstrings", names, metrics, splits, options.max_length)
+
+
+def docstrings_by_package(library: Path) -> dict[str, set[str]]:
+    """The docstrings of each top-level package, without those that stand in more than one."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for path in sorted(library.rglob("*.py")):
+        parts = path.relative_to(library).parts
+        if len(parts) > 1 and not SKIPPED.intersection(parts):
+            found[parts[0]].update(docstrings_of(path))
+    owners = Counter(text for texts in found.values() for text in texts)
+    return {name: {t for t in texts if owners[t] == 1} for name, texts in found.items()}
+
+
+def docstrings_of(path: Path) -> Iterator[str]:
+    """The docstrings of one source file, each on one line, without the very short ones."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, OSError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = " ".join((ast.get_docstring(node) or "").split())
+            if len(text) >= SHORTEST:
+                yield text
+
+
+def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY) -> Any:
+    """Train a WordPiece tokenizer on some texts, in the form that transformers saves and loads."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL["unk_token"]))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary, special_tokens=list(SPECIAL.values()), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    ends = [(SPECIAL[name], tokenizer.token_to_id(SPECIAL[name])) for name in ("sep_token", "cls_token")]
+    tokenizer.post_processor = processors.BertProcessing(*ends)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+
+
+def fresh_bert(task: TextTask, *, layers: int = 4, hidden: int = 192) -> Loaded:
+    """A BERT with random weights and a tokenizer trained on the task's own texts, for tasks without a hub."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = train_tokenizer([text for row in task.splits[TRAIN].inputs for text in row])
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 48),
+        intermediate_size=4 * hidden,
+        max_position_embeddings=task.max_length,
+        num_labels=len(task.labels),
+        id2label=dict(enumerate(task.labels)),
+        label2id={name: i for i, name in enumerate(task.labels)},
+    )
+    return Loaded(BertForSequenceClassification(config), tokenizer, head_is_trained=False)

@@ -1,0 +1,113 @@
+"""The nine tasks of GLUE with their official metrics, from the hub or a local folder.
+
+Reference:
+    Wang et al. 2019, GLUE, arXiv:1804.07461.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from limbeck.registry import nearest
+from limbeck.tasks.base import TASKS, TRAIN, VALIDATION, Rows, TaskOptions, shorten
+from limbeck.tasks.tables import column, find_split, read_table, text_rows
+from limbeck.tasks.text import TextTask, first_line
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HUB = "nyu-mll/glue"
+
+
+@dataclass(frozen=True)
+class Description:
+    """Columns, labels and metrics of one GLUE task; the first metric is the one that GLUE scores."""
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+
+ENTAILMENT = ("entailment", "not_entailment")
+PAIR_METRICS = ("accuracy_and_f1", "accuracy", "f1")
+
+GLUE = {
+    "cola": Description(("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
+    "sst2": Description(("sentence",), ("negative", "positive"), ("accuracy",)),
+    "mrpc": Description(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), PAIR_METRICS),
+    "stsb": Description(("sentence1", "sentence2"), (), ("pearson_and_spearman", "pearson", "spearman")),
+    "qqp": Description(("question1", "question2"), ("not_duplicate", "duplicate"), PAIR_METRICS),
+    "mnli": Description(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), ("accuracy",)),
+    "qnli": Description(("question", "sentence"), ENTAILMENT, ("accuracy",)),
+    "rte": Description(("sentence1", "sentence2"), ENTAILMENT, ("accuracy",)),
+    "wnli": Description(("sentence1", "sentence2"), ("not_entailment", "entailment"), ("accuracy",)),
+}
+
+SPLITS = {TRAIN: (TRAIN,), VALIDATION: (VALIDATION, "validation_matched")}
+MNLI_SPLITS = {**SPLITS, "validation_mismatched": ("validation_mismatched",)}
+
+
+@TASKS.register_as("glue")
+def glue(options: TaskOptions) -> TextTask:
+    """Make a GLUE task from ``glue/rte`` and the like.
+
+    Raises:
+        ValueError: no such task, or its data is neither in the folder nor to be had from the hub.
+    """
+    name = options.name.removeprefix("glue/")
+    if name not in GLUE:
+        raise ValueError(f"unknown GLUE task {name!r}; {nearest(name, GLUE)}")
+    about = GLUE[name]
+    splits = {}
+    for split, candidates in (MNLI_SPLITS if name == "mnli" else SPLITS).items():
+        table, source = load_split(name, candidates, options.data)
+        labels = [float(str(v)) for v in column(table, "label", source)]
+        _check_range(labels, about, source)
+        values = labels if not about.labels else [int(v) for v in labels]
+        splits[split] = Rows(text_rows(table, about.texts, source), values)
+    metrics = (options.metric,) if options.metric else about.metrics
+    return TextTask(options.name, about.labels, metrics, shorten(splits, options), options.max_length)
+
+
+def _check_range(labels: list[float], about: Description, source: str) -> None:
+    wrong = {v for v in labels if about.labels and v not in range(len(about.labels))}
+    if wrong:
+        raise ValueError(
+            f"{source} has the label {min(wrong):g}, outside {list(about.labels)}; is this a test split without labels?"
+        )
+
+
+def load_split(name: str, candidates: tuple[str, ...], data: str | None) -> tuple[pd.DataFrame, str]:
+    """Read one split of a GLUE task and say where from.
+
+    Raises:
+        ValueError: it cannot be found.
+    """
+    if data is None:
+        return _from_hub(name, candidates)
+    folder = Path(data)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; --data names a folder with {name}/train.parquet")
+    for place in (folder / name, folder):
+        for candidate in candidates:
+            path = find_split(place, candidate)
+            if path is not None:
+                return read_table(path), str(path)
+    raise ValueError(
+        f"{folder} has no {candidates[0]} split of glue/{name}; looked for {name}/{candidates[0]}.parquet"
+    )
+
+
+def _from_hub(name: str, candidates: tuple[str, ...]) -> tuple[pd.DataFrame, str]:
+    from datasets import load_dataset
+
+    try:
+        loaded = load_dataset(HUB, name)
+    except Exception as error:  # the hub's client raises many kinds
+        raise ValueError(
+            f"cannot load {HUB} ({name}) from the hub: {first_line(error)}; name a local folder with --data"
+        ) from None
+    split = next(c for c in candidates if c in loaded)
+    return loaded[split].to_pandas(), f"{HUB}/{name}/{split}"

@@ -1,0 +1,101 @@
+"""Handwritten digits, the image task that scikit-learn carries.
+
+Shape legend: B examples, C channels, H and W height and width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from limbeck.tasks.base import TASKS, TRAIN, VALIDATION, Loaded, Rows, TaskOptions, shorten
+from limbeck.tasks.text import check_labels, first_line, quiet_transformers
+from limbeck.train import Examples
+from limbeck.types import EXAMPLE_ID, LABELS
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """Classes to predict from images; see `limbeck.tasks.Task`.
+
+    Attributes:
+        name: Its name.
+        labels: Names of the classes.
+        metrics: Names of the metrics, the main one first.
+        splits: Arrays (C, H, W) of float32 with labels, by split.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+    splits: dict[str, Rows]
+
+    def load(self, source: str | Path) -> Loaded:
+        """Load an image classifier from a folder or the hub."""
+        from transformers import AutoConfig, AutoModelForImageClassification
+
+        names = dict(enumerate(self.labels))
+        with quiet_transformers():
+            try:
+                config = AutoConfig.from_pretrained(source)
+                if any(a.endswith("ForImageClassification") for a in config.architectures or ()):
+                    check_labels(config, self.labels, str(source))
+                config.num_labels, config.id2label = len(names), names
+                config.label2id = {name: i for i, name in names.items()}
+                model, info = AutoModelForImageClassification.from_pretrained(
+                    source, config=config, output_loading_info=True
+                )
+            except OSError as error:
+                raise ValueError(f"cannot load an image model from {str(source)!r}: {first_line(error)}") from None
+        missing = [k for k in info["missing_keys"] if not k.startswith(model.base_model_prefix)]
+        return Loaded(model, None, head_is_trained=not missing)
+
+    def encode(self, rows: Rows, processor: Any) -> Examples:
+        """Make tensors of the images; they need no processor."""
+        return Examples(
+            [
+                {"pixel_values": torch.from_numpy(image), LABELS: torch.tensor(label), EXAMPLE_ID: torch.tensor(i)}
+                for i, (image, label) in enumerate(zip(rows.inputs, rows.labels, strict=True))
+            ]
+        )
+
+
+@TASKS.register_as("digits")
+def digits(options: TaskOptions) -> ImageTask:
+    """1797 handwritten digits of 8 x 8 pixels, one fifth of them for validation.
+
+    Reference:
+        Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits, UCI.
+    """
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = (data.images[:, None].astype(np.float32) - 8.0) / 8.0
+    order = np.random.default_rng(0).permutation(len(images)).tolist()
+    rows = Rows(list(images), data.target.tolist())
+    held = len(order) // 5
+    splits = {TRAIN: rows.take(sorted(order[held:])), VALIDATION: rows.take(sorted(order[:held]))}
+    names = tuple(str(d) for d in range(10))
+    return ImageTask("digits", names, ("accuracy", "macro_f1"), shorten(splits, options))
+
+
+def fresh_resnet(task: ImageTask, *, widths: tuple[int, ...] = (32, 64), depth: int = 2) -> Loaded:
+    """A small ResNet with random weights for one-channel images."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    names = dict(enumerate(task.labels))
+    config = ResNetConfig(
+        num_channels=task.splits[TRAIN].inputs[0].shape[0],
+        embedding_size=widths[0],
+        hidden_sizes=list(widths),
+        depths=[depth] * len(widths),
+        layer_type="basic",
+        num_labels=len(names),
+        id2label=names,
+        label2id={name: i for i, name in names.items()},
+    )
+    return Loaded(ResNetForImageClassification(config), None, head_is_trained=False)
