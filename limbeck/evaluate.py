@@ -14,10 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from limbeck.batch import to_device
 from limbeck.metrics import Array, Metric
 from limbeck.report.report import Comparison, Interval
 from limbeck.teachers import ModuleInputs
-from limbeck.train import Examples, Predictions
+from limbeck.train import Examples
+from limbeck.types import Batch
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -157,11 +159,6 @@ def agreement(bootstrap: Bootstrap, teacher: Array, student: Sequence[Array]) ->
     return bootstrap.interval(np.array([correlation(c) for c in (everything, *bootstrap.examples)]))
 
 
-def score_all(predictions: Predictions, metrics: Sequence[Metric]) -> dict[str, float]:
-    """All metrics of one set of predictions."""
-    return {m.name: m(predictions.logits, predictions.labels) for m in metrics}
-
-
 def measure_speed(
     models: Mapping[str, nn.Module],
     data: Examples,
@@ -192,25 +189,31 @@ def measure_speed(
     """
     size = min(batch_size, len(data))
     calls = {name: ModuleInputs(model.eval()) for name, model in models.items()}
+    devices = {name: next(m.parameters()).device for name, m in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(warmup + repeats):
         start = (turn * size) % max(1, len(data) - size + 1)
         batch = data.batch(range(start, start + size))
         for name, call in calls.items():
-            seconds = _time(lambda call=call, batch=batch: call(batch))  # type: ignore[misc]
+            seconds = _time(call, to_device(batch, devices[name]))
             if turn >= warmup:
                 times[name].append(seconds)
     return {name: _quartiles(values) for name, values in times.items()}
 
 
-@torch.no_grad()
-def _time(run: Callable[[], Any]) -> float:
-    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    synchronise()
-    start = time.perf_counter()
-    run()
-    synchronise()
-    return time.perf_counter() - start
+def _time(call: Callable[[Batch], Any], batch: Batch) -> float:
+    with torch.no_grad():
+        _wait()
+        start = time.perf_counter()
+        call(batch)
+        _wait()
+        return time.perf_counter() - start
+
+
+def _wait() -> None:
+    """Wait for the GPU: its work is only queued when a call returns."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _quartiles(values: list[float]) -> Interval:

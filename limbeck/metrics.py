@@ -48,7 +48,7 @@ class Metric:
 
 
 def _classes(logits: Array) -> NDArray[np.intp]:
-    return np.argmax(logits, axis=-1)
+    return np.asarray(np.argmax(logits, axis=-1))
 
 
 def _numbers(logits: Array) -> Array:

@@ -168,7 +168,7 @@ def clean(text: str) -> str:
         >>> clean("a\x1b[31mb\n")
         'a�[31mb\n'
     """
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "�" for c in text)
+    return "".join("�" if _unprintable(c) else c for c in text)
 
 
 def one_line(text: str) -> str:
@@ -200,3 +200,9 @@ def _decimals(value: float, digits: int) -> int:
     if value == 0 or not math.isfinite(value):
         return digits - 1
     return max(0, digits - 1 - math.floor(math.log10(abs(value))))
+
+
+def _unprintable(character: str) -> bool:
+    """Whether a character has no place in a text: XML forbids these, terminals obey some of them."""
+    forbidden = unicodedata.category(character) in ("Cc", "Cs") or character in "\ufffe\uffff"
+    return forbidden and character not in "\n\t"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
@@ -10,6 +11,8 @@ from markupsafe import Markup
 from limbeck.report import plots, tables
 from limbeck.report.format import clean
 from limbeck.report.report import Report
+
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:points|bytes|min|ms|MB|kB|[sMkBh])\b)")
 
 
 def render_html(report: Report) -> str:
@@ -25,6 +28,7 @@ def render_html(report: Report) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize
     )
+    environment.filters["units"] = _units
     source = files("limbeck.report").joinpath("template.html.j2").read_text("utf-8")
     return environment.from_string(source).render(
         report=report,
@@ -48,6 +52,11 @@ def render_html(report: Report) -> str:
 def _finalize(value: object) -> object:
     """Clean what goes into the page, but for the pictures, which are markup and clean already."""
     return clean(value) if type(value) is str else value
+
+
+def _units(text: str) -> str:
+    """Keep a number and its unit on one line."""
+    return _BEFORE_UNIT.sub("\u00a0", text)
 
 
 def _trusted(svg: str) -> Markup:

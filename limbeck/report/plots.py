@@ -7,12 +7,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from limbeck.report.format import Scale, measure, one_line, shorten
 from limbeck.report.report import Curve, ModelResult, Report
-from limbeck.report.svg import BASELINE, STUDENT, TEACHER, numbers, panel, style, to_svg
+from limbeck.report.svg import BASELINE, STUDENT, TEACHER, panel, style, ticks, to_svg, write_plainly
 from limbeck.report.tables import score_scale, weight_text
 from limbeck.report.tapmap import tap_map as tap_map
 
@@ -40,10 +40,8 @@ def quality_against_latency(report: Report) -> str:
         axes.autoscale(axis="y")
         axes.set_xlabel("milliseconds for one example")
         axes.set_ylabel(_score_label(report, scale))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        numbers(axes.xaxis, ",.4g")
-        numbers(axes.yaxis, ".4g")
+        ticks(axes.xaxis, ",.4g")
+        ticks(axes.yaxis, ".4g")
         _legend(figure)
         said = "; ".join(_point_in_words(model, scale) for model in report.models)
         return to_svg(figure, "quality", "Quality against latency", f"{one_line(report.metric)}: {said}.")
@@ -76,8 +74,7 @@ def scores_over_steps(report: Report) -> str:
         for role in ("baseline", "student"):
             _draw_seeds(axes, [c for c in curves if c.role == role], scale)
         axes.set_ylabel(_score_label(report, scale))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        numbers(axes.yaxis, ".4g")
+        ticks(axes.yaxis, ".4g")
         _steps_axis(axes)
         _legend(figure)
         said = f"{len(curves)} trainings, up to step {max(c.score_steps[-1] for c in curves):,}."
@@ -137,7 +134,7 @@ def _term_panel(curves: list[Curve], group: str, names: list[str], number: int) 
     _loss_axis(axes, finite)
     _steps_axis(axes)
     axes.set_title(shorten(group, 44))
-    axes.legend(ncols=2, loc="upper right")
+    figure.legend(loc="outside lower left", ncols=2)
     said = f"Weighted terms {one_line(', '.join(names))}: from {finite[0]:.3g} to {finite[-1]:.3g}."
     return to_svg(figure, f"term-{number}", f"Training curve of {one_line(group)}", said)
 
@@ -154,7 +151,7 @@ def _draw_term(axes: Any, curves: list[Curve], role: str, name: str, place: tupl
         color=COLOUR[role],
         linestyle=LINE[role],
         linewidth=1.5,
-        alpha=1.0 if count == 1 else 0.3 + 0.7 * index / (count - 1),  # deeper layers are darker
+        alpha=1.0 if count == 1 else 0.45 + 0.55 * index / (count - 1),  # deeper layers are stronger
         marker=MARKER[role] if len(steps) == 1 else None,
         label=f"{who} × {weight_text(weight)}" if named else None,
     )
@@ -175,27 +172,31 @@ def _mean(curves: Sequence[Curve], name: str) -> Series:
 
 
 def _learning_rate_panel(curves: Sequence[Curve]) -> str:
-    """Draw the learning rates, once where student and baseline have the same."""
-    figure, axes = panel(WIDTH, HEIGHT)
-    drawn: list[tuple[list[int], list[float]]] = []
-    for role in ("student", "baseline"):
-        curve = next((c for c in curves if c.role == role and c.learning_rate), None)
-        if curve is None or (curve.steps, curve.learning_rate) in drawn:
-            continue
-        drawn.append((curve.steps, curve.learning_rate))
-        length = min(len(curve.steps), len(curve.learning_rate))
-        line = {"color": COLOUR[role], "linestyle": LINE[role], "linewidth": 1.5, "label": role}
-        axes.plot(curve.steps[:length], curve.learning_rate[:length], **line)
-    if not drawn:
+    """Draw the learning rates of the first seed, once where student and baseline have the same."""
+    first = {c.role: c for c in reversed(curves) if c.learning_rate}
+    student, baseline = first.get("student"), first.get("baseline")
+    if student is None:
         return ""
+    figure, axes = panel(WIDTH, HEIGHT)
+    same = baseline is not None and _rates(baseline) == _rates(student)
+    _draw_rate(axes, student, "student and baseline" if same else "student")
+    if baseline is not None and not same:
+        _draw_rate(axes, baseline, "baseline")
     axes.set_title("learning rate")
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_locator(MaxNLocator(4))
-    numbers(axes.yaxis, ".3g")
+    ticks(axes.yaxis, ".3g", 4)
     _steps_axis(axes)
-    if len(drawn) > 1:
-        axes.legend(loc="upper right")
+    figure.legend(loc="outside lower left", ncols=2)
     return to_svg(figure, "learning-rate", "Learning rate", "The learning rate over the training steps.")
+
+
+def _rates(curve: Curve) -> Series:
+    length = min(len(curve.steps), len(curve.learning_rate))
+    return curve.steps[:length], curve.learning_rate[:length]
+
+
+def _draw_rate(axes: Any, curve: Curve, label: str) -> None:
+    axes.plot(*_rates(curve), color=COLOUR[curve.role], linestyle=LINE[curve.role], linewidth=1.5, label=label)
 
 
 def _draw_seeds(axes: Any, curves: list[Curve], scale: Scale) -> None:
@@ -221,17 +222,17 @@ def _loss_axis(axes: Any, values: list[float]) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=8))
         axes.yaxis.set_minor_formatter(NullFormatter())
+        write_plainly(axes.yaxis, ".3g")
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-    numbers(axes.yaxis, ".3g")
+        ticks(axes.yaxis, ".3g")
 
 
 def _steps_axis(axes: Any) -> None:
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    numbers(axes.xaxis, ",.0f")
+    axes.set_xlim(left=0)
+    ticks(axes.xaxis, ",.0f", whole=True)
 
 
 def _legend(figure: Any) -> None:
     """Name the models above the axes, in one line."""
-    figure.legend(loc="outside upper left", ncols=3, borderpad=0)
+    figure.legend(loc="outside upper left", ncols=3, borderpad=0, markerscale=0.8)

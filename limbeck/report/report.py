@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,11 @@ class Interval:
     def format(self, digits: int) -> str:
         """Write the number and its interval with so many decimals."""
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+    def map(self, function: Callable[[float], float]) -> Interval:
+        """Apply a monotone function to all three numbers, and keep the lower end below the upper."""
+        value, *ends = (function(x) for x in (self.value, self.low, self.high))
+        return Interval(value, min(ends), max(ends))
 
     @property
     def excludes_zero(self) -> bool:

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 INK = "#010200"
 TEACHER = "#010201"
@@ -39,7 +39,7 @@ COLOURS = {
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "limbeck",
-    "font.size": 10,
+    "font.size": 10.5,
     "text.parse_math": False,  # a name with dollar signs is a name
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -49,18 +49,18 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "axes.labelsize": 9,
+    "axes.titlesize": 10.5,
+    "axes.labelsize": 10,
     "xtick.color": INK,
     "ytick.color": INK,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
     "legend.frameon": False,
-    "legend.fontsize": 9,
+    "legend.fontsize": 10,
     "legend.handlelength": 1.6,
     "legend.columnspacing": 1.4,
 }
@@ -86,8 +86,14 @@ def panel(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def numbers(axis: Any, form: str) -> None:
-    """Write an axis' ticks in plain figures, never as mathematical text or with an offset."""
+def ticks(axis: Any, form: str, count: int = 5, *, whole: bool = False) -> None:
+    """Set an axis' ticks at round numbers, written in plain figures: no mathematical text, no offset."""
+    axis.set_major_locator(MaxNLocator(count, steps=(1, 2, 2.5, 5, 10), integer=whole))
+    write_plainly(axis, form)
+
+
+def write_plainly(axis: Any, form: str) -> None:
+    """Write an axis' ticks in plain figures."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:{form}}"))
 
 

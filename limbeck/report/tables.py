@@ -13,6 +13,8 @@ from limbeck.report.report import Comparison, Interval, ModelResult, Report
 
 PLAN_COLUMNS = ("term", "loss", "student tap", "teacher tap", "weight", "projection", "parameters")
 
+TRUE_LABELS = "true labels"
+
 INTERVAL_NOTES = (
     "Scores stand with their 95% interval, times with their median and quartiles. The intervals cover chance in "
     "the evaluation examples and in the seeds that were run; they say nothing of other data or other settings.",
@@ -82,7 +84,7 @@ def side_by_side(report: Report) -> list[Row]:
         _row(report, "Latency, batch 1 (ms)", lambda m: _measured(m.latency_ms)),
         _row(report, "Throughput, batch 32 (examples/s)", lambda m: _measured(m.throughput)),
         _row(report, "Training time", _training_time),
-        _row(report, "of it the teacher's forward passes", _teacher_time),
+        _row(report, "Teacher's share of it", _teacher_time),
     ]
 
 
@@ -98,10 +100,9 @@ def plan_rows(report: Report) -> list[tuple[str, ...]]:
 
 
 def facts_of_run(report: Report) -> list[tuple[str, str]]:
-    """List what the run was made of: task, examples, seeds, date."""
+    """List what the run was made of: metric, examples, seeds, date."""
     examples = ", ".join(f"{count:,} {one_line(split)}" for split, count in report.examples.items())
     return [
-        ("Task", one_line(report.task)),
         ("Metric", f"{one_line(report.metric)}, {'higher' if report.higher_is_better else 'lower'} is better"),
         ("Examples", examples or NOTHING),
         ("Seeds", ", ".join(map(str, report.seeds)) or NOTHING),
@@ -256,7 +257,7 @@ def _plan_row(row: Mapping[str, Any]) -> tuple[str, ...]:
         one_line(str(row.get("name", NOTHING))),
         one_line(str(row.get("loss", NOTHING))),
         one_line(str(row.get("tap", NOTHING))),
-        "labels (ground truth)" if row.get("teacher_tap") == "labels" else one_line(str(row.get("teacher_tap"))),
+        TRUE_LABELS if row.get("teacher_tap") == "labels" else one_line(str(row.get("teacher_tap"))),
         weight_text(row.get("weight", 1.0)),
         NOTHING if not projection else one_line(str(projection)),
         write.parameters(row.get("parameters") or 0),

@@ -13,11 +13,11 @@ from matplotlib.path import Path
 from limbeck.report.format import one_line, shorten
 from limbeck.report.report import Report
 from limbeck.report.svg import INK, SERIES, STUDENT, TEACHER, panel, style, to_svg
-from limbeck.report.tables import weight_text
+from limbeck.report.tables import TRUE_LABELS, weight_text
 
 WIDTH, ROW, HEAD = 350, 22, 30
 LEFT, RIGHT = 124, WIDTH - 124  # the columns' dots; the names stand outside of them
-LONGEST = 20
+LONGEST = 22
 LABELS = "labels"
 LINES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
@@ -142,8 +142,17 @@ def _draw_column(axes: Any, places: dict[str, float], role: str, x: float) -> No
     for tap, y in places.items():
         truth = tap == LABELS
         axes.plot([x], [y], marker="o", markersize=5, color=INK if truth else colour)
-        name = "true labels" if truth else shorten(tap, LONGEST)
+        name = TRUE_LABELS if truth else _short(tap)
         axes.text(x + 8 * outwards, y, name, fontsize=9, fontstyle="italic" if truth else "normal", **text)
+
+
+def _short(tap: str) -> str:
+    """Leave out the first parts of a long module path, or its middle where that is not enough."""
+    parts = one_line(tap).split(".")
+    for first in range(1, len(parts) if len(tap) > LONGEST else 0):
+        if len(ending := ".".join(parts[first:])) < LONGEST:
+            return f"…{ending}"
+    return shorten(tap, LONGEST)
 
 
 def _draw_key(axes: Any, group: Group, y: float) -> None:

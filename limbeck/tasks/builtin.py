@@ -86,8 +86,9 @@ def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY) -> Any:
         vocab_size=vocabulary, special_tokens=list(SPECIAL.values()), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    ends = [(SPECIAL[name], tokenizer.token_to_id(SPECIAL[name])) for name in ("sep_token", "cls_token")]
-    tokenizer.post_processor = processors.BertProcessing(*ends)
+    numbers = tokenizer.get_vocab()
+    separator, start = SPECIAL["sep_token"], SPECIAL["cls_token"]
+    tokenizer.post_processor = processors.BertProcessing((separator, numbers[separator]), (start, numbers[start]))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 

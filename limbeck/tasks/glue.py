@@ -75,7 +75,7 @@ def _check_range(labels: list[float], about: Description, source: str) -> None:
     wrong = {v for v in labels if about.labels and v not in range(len(about.labels))}
     if wrong:
         raise ValueError(
-            f"{source} has the label {min(wrong):g}, outside {list(about.labels)}; is this a test split without labels?"
+            f"{source} has the label {min(wrong):g}, outside {list(about.labels)}; a test split has none"
         )
 
 

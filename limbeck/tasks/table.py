@@ -71,7 +71,7 @@ def class_names(labels: Sequence[object]) -> tuple[str, ...]:
         ('9', '10')
     """
     numbers = all(isinstance(v, int) for v in labels)
-    distinct = sorted(set(labels), key=(lambda v: int(str(v))) if numbers else str)  # type: ignore[type-var,return-value]
+    distinct = sorted(set(labels), key=(lambda v: int(str(v))) if numbers else str)
     if len(distinct) < 2:
         raise ValueError(f"the label column holds {distinct!r} only; a task needs two classes or more")
     if len(distinct) > MOST_CLASSES:

@@ -18,7 +18,7 @@ SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a table from Parquet, CSV, TSV, JSON lines or JSON.
+    r"""Read a table from Parquet, CSV, TSV, JSON lines or JSON.
 
     Text stays as it is: the words "NA" and "null" are words.
 
@@ -28,7 +28,7 @@ def read_table(path: Path) -> pd.DataFrame:
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "a.csv"
-        >>> _ = path.write_text("text,label\\nNA,1\\n")
+        >>> _ = path.write_text("text,label\nNA,1\n")
         >>> read_table(path)["text"].tolist()
         ['NA']
     """
@@ -72,7 +72,7 @@ def column(table: pd.DataFrame, name: str, source: str) -> list[object]:
     missing = int(values.isna().sum())
     if missing:
         raise ValueError(f"{source}: column {name!r} has no value in {missing} of {len(values)} rows; drop them")
-    return values.tolist()
+    return list(values.tolist())
 
 
 def text_rows(table: pd.DataFrame, texts: Sequence[str], source: str) -> list[tuple[str, ...]]:

@@ -66,7 +66,7 @@ class TextTask:
             *[list(c) for c in columns], truncation=True, max_length=self.max_length, padding=False
         )
         keys = [k for k in encoded if k in ("input_ids", "token_type_ids", "attention_mask")]
-        items = [
+        items: list[dict[str, Any]] = [
             {key: np.asarray(encoded[key][i], dtype=np.int64) for key in keys} | {LABELS: label, EXAMPLE_ID: i}
             for i, label in enumerate(rows.labels)
         ]

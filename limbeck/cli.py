@@ -1,0 +1,206 @@
+"""The command line. Nothing heavy is imported before a command runs, so that ``limbeck --help`` is instant."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import traceback
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from limbeck.registry import nearest
+
+if TYPE_CHECKING:
+    from limbeck.recipe import Recipe
+
+app = typer.Typer(
+    help="Knowledge distillation: a trained teacher goes in; a smaller, faster student comes out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+errors = Console(stderr=True)
+
+Out = Annotated[Path | None, typer.Option(help="Folder for everything; by default runs/ and the task's name.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: training.epochs=5.")
+]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Train baseline and student this often, and pool.")]
+Overwrite = Annotated[bool, typer.Option(help="Delete what is in the folder and start anew.")]
+Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
+
+DEMOS = ("docstrings", "digits")
+LISTS = ("losses", "tasks", "metrics", "projections")
+
+
+@app.command()
+def demo(
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(DEMOS)}.")] = "docstrings",
+    out: Out = None,
+    changes: Set = None,
+    seeds: Seeds = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Distil on data that comes with Python: docstrings of the standard library, or scikit-learn's digits."""
+    if task not in DEMOS:
+        raise ValueError(f"there is no demo {task!r}; {nearest(task, DEMOS)}")
+    with resources.as_file(resources.files("limbeck") / "recipes" / f"demo-{task}.yaml") as path:
+        recipe = _recipe(path, changes, seeds)
+    _run(recipe, out or Path("runs") / f"demo-{task}", overwrite, retrain=False)
+
+
+@app.command()
+def distill(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe, in YAML.")] = None,
+    task: Annotated[str | None, typer.Option(help="glue/rte, table, ...; see: limbeck list tasks.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder or file; by default the hub.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text column of a table; twice for pairs.")] = None,
+    label: Annotated[str | None, typer.Option(help="Label column of a table.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Folder, hub id, or package.module:function.")] = None,
+    student: Annotated[str | None, typer.Option(help="layers:1,3,5 of the teacher, or a model.")] = None,
+    out: Out = None,
+    changes: Set = None,
+    seeds: Seeds = None,
+    retrain: Annotated[bool, typer.Option(help="Fine-tune the teacher anew.")] = False,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Distil a teacher into a student, beside a plainly trained twin, and report."""
+    chosen = {"name": task, "data": data, "text": text, "label": label}
+    parts: dict[str, Any] = {
+        "task": {key: value for key, value in chosen.items() if value},
+        "teacher": {} if teacher is None else {"model": teacher},
+        "student": {} if student is None else _student(student),
+    }
+    if recipe is None and (task is None or teacher is None or student is None):
+        raise ValueError("name a recipe, or --task, --teacher and --student; see: limbeck distill --help")
+    _run(_recipe(recipe, changes, seeds, parts), out, overwrite, retrain)
+
+
+@app.command(name="list")
+def list_names(
+    what: Annotated[str, typer.Argument(help=f"One of {', '.join(LISTS)}.")],
+    debug: Debug = False,
+) -> None:
+    """List what can be named in a recipe."""
+    if what not in LISTS:
+        raise ValueError(f"there is no list of {what!r}; {nearest(what, LISTS)}")
+    for name, line in _descriptions(what):
+        console.print(f"[bold]{name:<24}[/bold] {line}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a finished run, or its report.json.")],
+    debug: Debug = False,
+) -> None:
+    """Print the report of a finished run, and write its HTML page and model card anew."""
+    from limbeck.report import Report, write_report
+    from limbeck.report.console import print_report
+
+    found = Report.load(folder)
+    print_report(found, console)
+    write_report(found, folder if folder.is_dir() else folder.parent)
+
+
+def main() -> None:
+    """Run a command; turn an error into one clear line and an exit status."""
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt as stop:
+        _fail(str(stop) or "interrupted; the same command goes on from where it stopped", 130)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        _fail(_one_line(error), 2)
+
+
+def _one_line(error: Exception) -> str:
+    import click
+
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, (ValueError, TypeError, ArithmeticError)):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return (
+            f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; nothing finished is lost"
+        )
+    return f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows where"
+
+
+def _fail(message: str, status: int) -> None:
+    errors.print(f"[red]error:[/red] {_escaped(message)}", highlight=False, soft_wrap=True)
+    sys.exit(status)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _student(text: str) -> dict[str, Any]:
+    from limbeck.recipe import StudentSpec
+
+    return StudentSpec.parse(text).model_dump(exclude_none=True, exclude_defaults=True)
+
+
+def _recipe(
+    path: Path | None,
+    changes: list[str] | None,
+    seeds: int | None,
+    parts: dict[str, Any] | None = None,
+) -> Recipe:
+    """A recipe from a file, then the command's own options, then --set."""
+    from limbeck.recipe import Recipe, read_yaml
+
+    data = read_yaml(path) if path is not None else {}
+    for key, part in (parts or {}).items():
+        data[key] = {**data.get(key, {}), **part}
+    return Recipe.parse(data, [*([f"seeds={seeds}"] if seeds else []), *(changes or [])])
+
+
+def _run(recipe: Recipe, out: Path | None, overwrite: bool, retrain: bool) -> None:
+    from limbeck.progress import ConsoleObserver
+    from limbeck.report.console import print_report
+    from limbeck.run import default_folder, distill
+
+    folder = out or default_folder(recipe)
+    with ConsoleObserver(console) as observer:
+        found = distill(
+            recipe,
+            folder,
+            overwrite=overwrite,
+            retrain=retrain,
+            observer=observer,
+            command=shlex.join(["limbeck", *sys.argv[1:]]),
+        )
+    print_report(found, console)
+    console.print(f"\nReport: {folder / 'report.html'}   Student: {folder / 'student'}", soft_wrap=True)
+
+
+def _descriptions(what: str) -> list[tuple[str, str]]:
+    if what == "tasks":
+        from limbeck.tasks import task_names
+
+        return [(name, "") for name in task_names()]
+    if what == "metrics":
+        from limbeck.metrics import METRICS
+
+        return [(n, "higher is better" if m.higher_is_better else "lower is better") for n, m in METRICS.items()]
+    from limbeck.losses import LOSSES
+    from limbeck.projectors import PROJECTORS
+
+    registry: Any = LOSSES if what == "losses" else PROJECTORS
+    return [(name, (registry.get(name).__doc__ or "").strip().splitlines()[0]) for name in registry]

@@ -1,0 +1,150 @@
+"""Models of a run: the teacher and where it is kept, and the student made from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from limbeck.recipe import Depths, Recipe, StudentSpec
+from limbeck.registry import check_options, import_object
+from limbeck.students.depth import count_layers, find_layers, take_layers
+from limbeck.tasks import TRAIN, Loaded, Task
+from limbeck.train.checkpoint import save_weights
+
+STORE = Path("~/.cache/limbeck")
+MADE_BY = "made-by.json"
+FORMAT = 1
+
+
+def load_model(task: Task, source: str, options: dict[str, Any], seed: int) -> Loaded:
+    """Load a model by folder or hub id, or make one with ``package.module:function``, called with the task.
+
+    Raises:
+        ValueError: nothing can be loaded.
+        TypeError: an option that the function does not have, or a function that gives no model.
+    """
+    torch.manual_seed(seed)
+    if not is_function(source):
+        return task.load(source)
+    make: Callable[..., Any] = import_object(source)
+    check_options(make, options, (), source)
+    made = make(task, **options)
+    if isinstance(made, Loaded):
+        return made
+    if isinstance(made, nn.Module):
+        return Loaded(made, None, head_is_trained=False)
+    raise TypeError(f"{source} returned a {type(made).__name__}; return a module, or limbeck.tasks.Loaded")
+
+
+def is_function(source: str) -> bool:
+    """Whether a model's source is an import path and not a folder or hub id."""
+    return ":" in source and not Path(source).exists()
+
+
+def make_student(spec: StudentSpec, task: Task, teacher: Loaded, seed: int) -> nn.Module:
+    """Make the student: layers of the teacher, or a model of its own. The same seed gives the same start.
+
+    Raises:
+        ValueError: no such layers, nothing to load, or a student that reads other tokens than its teacher.
+    """
+    if spec.layers is not None:
+        student: nn.Module = take_layers(teacher.model, spec.layers, spec.path).requires_grad_(True)
+        return student
+    assert spec.model is not None
+    loaded = load_model(task, spec.model, spec.options, seed)
+    if loaded.processor is not None and loaded.processor.get_vocab() != teacher.processor.get_vocab():
+        raise ValueError(
+            f"the student {spec.model} reads other tokens than the teacher; take a student with its tokenizer"
+        )
+    return loaded.model
+
+
+def find_depths(student: nn.Module, teacher: nn.Module, path: str | None) -> Depths | None:
+    """Where both models keep their layers; None where one has no list of layers that can be found."""
+    try:
+        return Depths(
+            student_path=find_layers(student, path),
+            teacher_path=find_layers(teacher, path),
+            student=count_layers(student, path),
+            teacher=count_layers(teacher, path),
+        )
+    except ValueError:
+        return None
+
+
+class TeacherStore:
+    """Fine-tuned teachers, kept by what made them.
+
+    Args:
+        root: The folder of the store.
+        recipe: The recipe, whose teacher, task and teacher's training make the key.
+        task: The task with its data.
+    """
+
+    def __init__(self, recipe: Recipe, task: Task) -> None:
+        root = Path(recipe.store or STORE).expanduser()
+        self.made_by = {
+            "format": FORMAT,
+            "model": recipe.teacher.model,
+            "content": fingerprint(recipe.teacher.model),
+            "options": recipe.teacher.options,
+            "training": recipe.teacher.training.model_dump(mode="json"),
+            "task": task.name,
+            "labels": list(task.labels),
+            "data": task.splits[TRAIN].fingerprint(),
+            "max_length": recipe.task.max_length,
+        }
+        key = hashlib.sha256(json.dumps(self.made_by, sort_keys=True).encode()).hexdigest()
+        self.folder = root / "teachers" / key[:20]
+
+    def holds(self) -> bool:
+        """Whether this teacher is there."""
+        return (self.folder / MADE_BY).is_file()
+
+    def keep(self, model: nn.Module, processor: Any) -> None:
+        """Save a teacher; a folder of that name is always whole."""
+        partial = self.folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        save_model(model, processor, partial)
+        (partial / MADE_BY).write_text(json.dumps(self.made_by, indent=2))
+        shutil.rmtree(self.folder, ignore_errors=True)
+        partial.rename(self.folder)
+
+    def forget(self) -> None:
+        """Drop this teacher, to make it anew."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def fingerprint(source: str) -> str:
+    """A hash of a model folder's files; a hub id or a function stands for itself."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return source
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".json", ".txt") and path.is_file():
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+    return digest.hexdigest()
+
+
+def save_model(model: nn.Module, processor: Any, folder: Path) -> None:
+    """Save a model so that others can load it: a transformers folder, or plain safetensors for other modules."""
+    from transformers import PreTrainedModel
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder)
+    else:
+        save_weights(model, folder / "model.safetensors")
+    if processor is not None:
+        processor.save_pretrained(folder)

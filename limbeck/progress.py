@@ -1,0 +1,102 @@
+"""The run on the screen: the plan as a table, a bar for each training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from limbeck.run import Observer, Plan
+from limbeck.train import Callback, State
+
+
+class Bar(Callback):
+    """Moves a bar with a training.
+
+    Args:
+        progress: Where the bar is.
+        bar: The bar.
+    """
+
+    def __init__(self, progress: Progress, bar: TaskID) -> None:
+        self.progress = progress
+        self.bar = bar
+        self.note = ""
+
+    def on_start(self, state: State) -> None:
+        """Set the bar to where the training goes on."""
+        self.progress.update(self.bar, total=state.total_steps, completed=state.step)
+
+    def on_step(self, state: State) -> None:
+        """Move on by one step."""
+        self.progress.update(self.bar, completed=state.step, note=f"loss {state.loss:.3f}{self.note}")
+
+    def on_evaluate(self, state: State) -> None:
+        """Show the last score."""
+        self.note = "".join(f"  {name} {value:.3f}" for name, value in state.scores.items())
+
+    def on_end(self, state: State) -> None:
+        """Fill the bar, even where training stopped early."""
+        self.progress.update(self.bar, completed=state.total_steps)
+
+
+class ConsoleObserver(Observer):
+    """Shows a run on a console; used as a context manager, which ends the bars.
+
+    Args:
+        console: Where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:>5.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+
+    def __enter__(self) -> ConsoleObserver:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.progress.stop()
+
+    def on_plan(self, plan: Plan) -> None:
+        """Print what is about to happen."""
+        sizes = ", ".join(f"{count} {name}" for name, count in plan.examples.items())
+        self.console.print(f"[bold]{escape(plan.task)}[/bold]: {sizes} examples")
+        for role, count in plan.parameters.items():
+            steps = f", {plan.steps[role]} steps" if role in plan.steps else ""
+            state = f", {plan.teacher}" if role == "teacher" else ""
+            self.console.print(f"  {role}: {count / 1e6:.2f} M parameters{state}{steps}")
+        self.console.print(_term_table(plan))
+        self.progress.start()
+
+    def on_stage(self, name: str) -> None:
+        """Remember the stage's name; its bar comes with its callbacks."""
+        if name == "evaluation":
+            self.progress.stop()
+            self.console.print("Measuring scores, intervals and speed ...")
+
+    def callbacks(self, stage: str) -> list[Callback]:
+        """A bar for the stage."""
+        return [Bar(self.progress, self.progress.add_task(stage, total=1, note=""))]
+
+
+def _term_table(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in ("term", "loss", "student", "teacher", "weight", "projection", "at start"):
+        table.add_column(heading, overflow="fold")
+    for planned in plan.terms:
+        term = planned.term
+        projection = f"{term.project} ({planned.parameters:,})" if term.project else ""
+        row = (term.name, term.loss_name, term.tap, term.teacher_tap, f"{term.weight:g}", projection)
+        table.add_row(*(escape(str(cell)) for cell in row), f"{planned.value:.4g}")
+    return table

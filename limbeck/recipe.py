@@ -1,0 +1,288 @@
+"""Recipes: what a run is, as data. YAML is only its spelling; an unknown key is an error.
+
+A recipe knows how to build its parts, the terms and the student; `limbeck.run` puts them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from limbeck.registry import nearest
+from limbeck.tasks import TaskOptions
+from limbeck.terms import Term, layer_pairs, spread
+from limbeck.train import Settings
+
+LAYERS = "layers"
+"""The tap of a term that is spread over the layers of both models."""
+
+
+class TeacherSpec(BaseModel):
+    """The ``teacher:`` part: which model, and whether it is fine-tuned on the task first."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="a folder, a hub id, or package.module:function called with the task")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of such a function")
+    finetune: Literal["auto", "always", "never"] = Field(
+        "auto", description="auto: if its head was not trained for the task"
+    )
+    training: Settings = Field(default_factory=Settings)
+
+
+class StudentSpec(BaseModel):
+    """The ``student:`` part: some of the teacher's layers, or another model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: tuple[int, ...] | None = Field(None, description="layers taken from the teacher, counted from 0")
+    path: str | None = Field(None, description="where the teacher keeps its layers, if it cannot be found")
+    model: str | None = Field(None, description="a folder, a hub id, or package.module:function")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of such a function")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> StudentSpec:
+        if (self.layers is None) == (self.model is None):
+            raise ValueError("the student needs either layers=[...] of the teacher or a model of its own")
+        return self
+
+    @classmethod
+    def parse(cls, text: str) -> StudentSpec:
+        """Read the command line's form: ``layers:1,3,5``, or what ``model`` takes.
+
+        Example:
+            >>> StudentSpec.parse("layers:1,3,5").layers
+            (1, 3, 5)
+        """
+        kind, _, numbers = text.partition(":")
+        if kind != LAYERS:
+            return cls(model=text)
+        try:
+            return cls(layers=tuple(int(n) for n in numbers.split(",")))
+        except ValueError:
+            raise ValueError(f"{text!r} names no layers; write layers:1,3,5") from None
+
+
+class TermSpec(BaseModel):
+    """One entry of ``terms:``; keys that are not listed here are options of the loss."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    tap: str = Field("logits", description="where to read the student; 'layers' for all layers of both models")
+    teacher_tap: str | None = None
+    loss: str
+    weight: float = 1.0
+    project: str | dict[str, Any] | None = None
+    mask: str | None = None
+    map: str | tuple[tuple[int, int], ...] = Field("uniform", description="which layers teach which")
+
+    def build(self, name: str, depths: Depths | None) -> list[Term]:
+        """Make the term, or one for each pair of layers.
+
+        Args:
+            name: Its name.
+            depths: Where both models keep their layers; needed by ``tap: layers`` only.
+
+        Raises:
+            ValueError: a value that does not fit.
+            TypeError: an option that the loss does not have.
+        """
+        arguments: dict[str, Any] = {"loss": self.loss, "project": self.project, "mask": self.mask}
+        arguments |= self.model_extra or {}
+        try:
+            if self.tap != LAYERS:
+                return [Term(self.tap, self.teacher_tap, name=name, weight=self.weight, **arguments)]
+            if depths is None:
+                raise ValueError("both models need a list of layers; name the taps instead of 'layers'")
+            pairs = layer_pairs(self.map, depths.student, depths.teacher)
+            taps = depths.student_path + ".{}", depths.teacher_path + ".{}"
+            return spread(*taps, pairs, name=name, weight=self.weight, **arguments)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"terms.{name}: {error}") from None
+
+
+class Depths(BaseModel):
+    """Where two models keep their layers, and how many there are."""
+
+    student_path: str
+    teacher_path: str
+    student: int
+    teacher: int
+
+
+class Recipe(BaseModel):
+    """All that determines a run.
+
+    Example:
+        >>> recipe = Recipe.parse({
+        ...     "task": {"name": "glue/rte"},
+        ...     "teacher": {"model": "bert-base-uncased"},
+        ...     "student": {"layers": [1, 3, 5]},
+        ... }, ["training.epochs=2"])
+        >>> recipe.training.epochs
+        2.0
+        >>> Recipe.parse({"tsk": {}})
+        Traceback (most recent call last):
+        ValueError: the recipe has no key 'tsk'; did you mean 'task'?
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: TaskOptions
+    teacher: TeacherSpec
+    student: StudentSpec
+    terms: dict[str, TermSpec] = Field(default_factory=dict, description="by default those for the task")
+    training: Settings = Field(default_factory=Settings, description="of student and baseline alike")
+    baseline: bool = Field(True, description="train the student's twin without distillation, to compare")
+    seeds: int = Field(1, gt=0, description="how often baseline and student are trained")
+    store: str | None = Field(None, description="where fine-tuned teachers are kept; ~/.cache/limbeck")
+
+    @model_validator(mode="after")
+    def _choose_on_training_data(self) -> Recipe:
+        """Choosing a model needs examples that are not those of the report."""
+        chooses = any(s.best or s.patience for s in (self.training, self.teacher.training))
+        if chooses and not self.task.holdout:
+            raise ValueError(
+                "best and patience choose a model, which must not be done on the examples of the report; "
+                "set task.holdout=0.1 to keep a tenth of the training data for it"
+            )
+        return self
+
+    @classmethod
+    def parse(cls, source: Mapping[str, Any], changes: Sequence[str] = ()) -> Recipe:
+        """Check a nested mapping, after changes of the form ``a.b=value``.
+
+        Raises:
+            ValueError: an unknown key or a wrong value; the message names its place.
+        """
+        data = _copied(source)
+        for change in changes:
+            set_value(data, change)
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ValueError(explain(error, cls)) from None
+
+    @classmethod
+    def load(cls, path: str | Path, changes: Sequence[str] = ()) -> Recipe:
+        """Read a recipe from a YAML file.
+
+        Raises:
+            ValueError: no such file, no YAML, or not a recipe.
+        """
+        return cls.parse(read_yaml(Path(path)), changes)
+
+    def to_yaml(self) -> str:
+        """Write the recipe with every value spelled out; loading it gives the same recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def build_terms(self, depths: Depths | None, regression: bool) -> list[Term]:
+        """Make the terms; without any in the recipe, those that suit the task."""
+        specs = self.terms or default_terms(regression, hidden=self.student.layers is not None)
+        return [term for name, spec in specs.items() for term in spec.build(name, depths)]
+
+    def resolved(self, regression: bool) -> Recipe:
+        """The recipe with its terms spelled out."""
+        terms = self.terms or default_terms(regression, hidden=self.student.layers is not None)
+        return self.model_copy(update={"terms": terms})
+
+
+def default_terms(regression: bool, hidden: bool) -> dict[str, TermSpec]:
+    """What a student learns unless the recipe says: the teacher's answers, its layers, and the labels."""
+    terms: dict[str, dict[str, Any]] = {
+        "kd": {"loss": "mse"} if regression else {"loss": "forward_kl", "temperature": 2.0},
+        "labels": {"tap": "labels", "loss": "label_mse" if regression else "cross_entropy", "weight": 0.5},
+    }
+    if hidden:
+        terms["hidden"] = {"tap": LAYERS, "loss": "mse", "weight": 1.0}
+    return {name: TermSpec.model_validate(spec) for name, spec in terms.items()}
+
+
+def plain_terms(terms: Iterable[Term], regression: bool) -> list[Term]:
+    """The objective of plain training, for teacher and baseline: the labels, at full weight."""
+    loss = "label_mse" if regression else "cross_entropy"
+    own = next((t for t in terms if t.reads_labels), None)
+    if own is None:
+        return [Term("labels", loss=loss, name="labels")]
+    return [Term("labels", loss=own.loss_name, name=own.name, **own.options)]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping, by the safe loader.
+
+    Raises:
+        ValueError: no such file, or no mapping in it.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no recipe {path}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"{path} holds no recipe but {type(data).__name__}; write keys such as task: and teacher:"
+        )
+    return data
+
+
+def set_value(data: dict[str, Any], change: str) -> None:
+    """Apply ``a.b=value`` to nested dictionaries; the value is read as YAML.
+
+    Raises:
+        ValueError: no equals sign, or a path through something that is no mapping.
+
+    Example:
+        >>> recipe = {"student": {}}
+        >>> set_value(recipe, "student.layers=[0,3]")
+        >>> recipe
+        {'student': {'layers': [0, 3]}}
+    """
+    path, equals, text = change.partition("=")
+    if not equals or not path:
+        raise ValueError(f"--set {change!r} has no value; write --set key.key=value")
+    *parents, last = path.split(".")
+    place = data
+    for key in parents:
+        inner = place.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"--set {path}: {key!r} is {inner!r} and has no keys of its own")
+        place = inner
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {path}: cannot read the value {text!r}") from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Turn pydantic's report into one line: an unknown key first, or the first problem, and its place."""
+    problems = error.errors()
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    place = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(model, place[:-1])
+        where = ".".join(place[:-1])
+        return (
+            f"{'the recipe' if not where else repr(where)} has no key {place[-1]!r}; {nearest(place[-1], known)}"
+        )
+    if problem["type"] == "missing":
+        return f"the recipe lacks {'.'.join(place)!r}; add it"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(place) or 'the recipe'}: {message} (got {problem['input']!r})"
+
+
+def _fields_at(model: type[BaseModel], place: Sequence[str]) -> list[str]:
+    for part in place:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return list(model.model_fields)
+
+
+def _copied(value: Any) -> Any:
+    return {k: _copied(v) for k, v in value.items()} if isinstance(value, Mapping) else value
