@@ -117,8 +117,9 @@ def main() -> None:
         app(standalone_mode=False)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except KeyboardInterrupt as stop:
-        _fail(str(stop) or "interrupted; the same command goes on from where it stopped", 130)
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        cause = stop.__cause__ or stop  # the library turns Ctrl-C into an Abort
+        _fail(str(cause) or "interrupted; the same command goes on from where it stopped", 130)
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -126,10 +127,9 @@ def main() -> None:
 
 
 def _one_line(error: Exception) -> str:
-    import click
-
-    if isinstance(error, click.ClickException):
-        return error.format_message()
+    usage = getattr(error, "format_message", None)  # typer has its errors from a private copy of click
+    if usage is not None:
+        return str(usage())
     if isinstance(error, (ValueError, TypeError, ArithmeticError)):
         return " ".join(str(error).split())
     if isinstance(error, OSError):

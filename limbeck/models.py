@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -23,8 +24,11 @@ MADE_BY = "made-by.json"
 FORMAT = 1
 
 
-def load_model(task: Task, source: str, options: dict[str, Any], seed: int) -> Loaded:
-    """Load a model by folder or hub id, or make one with ``package.module:function``, called with the task.
+def load_model(task: Task, source: str, options: dict[str, Any], seed: int, processor: Any = None) -> Loaded:
+    """Load a model by folder or hub id, or make one with ``package.module:function``.
+
+    Such a function is called with the task and its options; it may ask for the teacher's tokenizer by a
+    keyword-only parameter ``processor``.
 
     Raises:
         ValueError: nothing can be loaded.
@@ -34,12 +38,13 @@ def load_model(task: Task, source: str, options: dict[str, Any], seed: int) -> L
     if not is_function(source):
         return task.load(source)
     make: Callable[..., Any] = import_object(source)
-    check_options(make, options, (), source)
-    made = make(task, **options)
+    check_options(make, options, ("processor",), source)
+    asks = "processor" in inspect.signature(make).parameters
+    made = make(task, **options, **({"processor": processor} if asks else {}))
     if isinstance(made, Loaded):
         return made
     if isinstance(made, nn.Module):
-        return Loaded(made, None, head_is_trained=False)
+        return Loaded(made, processor, head_is_trained=False)
     raise TypeError(f"{source} returned a {type(made).__name__}; return a module, or limbeck.tasks.Loaded")
 
 
@@ -58,7 +63,7 @@ def make_student(spec: StudentSpec, task: Task, teacher: Loaded, seed: int) -> n
         student: nn.Module = take_layers(teacher.model, spec.layers, spec.path).requires_grad_(True)
         return student
     assert spec.model is not None
-    loaded = load_model(task, spec.model, spec.options, seed)
+    loaded = load_model(task, spec.model, spec.options, seed, teacher.processor)
     if loaded.processor is not None and loaded.processor.get_vocab() != teacher.processor.get_vocab():
         raise ValueError(
             f"the student {spec.model} reads other tokens than the teacher; take a student with its tokenizer"

@@ -116,5 +116,6 @@ def gradients(model):
 
 
 def hooks(model):
-    """Number of forward hooks anywhere in a model."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    """Number of limbeck's forward hooks anywhere in a model (transformers has hooks of its own)."""
+    found = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return sum(hook.__module__.startswith("limbeck") for hook in found if hasattr(hook, "__module__"))

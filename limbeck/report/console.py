@@ -38,8 +38,8 @@ def _models_table(report: Report) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("", overflow="fold", ratio=None)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    table.add_column("", overflow="fold")
     for model in report.models:
         table.add_column(model.role, justify="right", header_style=f"bold {COLOUR[model.role]}", min_width=12)
     for row in tables.side_by_side(report):
@@ -54,7 +54,8 @@ def _facts_table(report: Report) -> Table:
     for fact in tables.comparison_facts(report):
         table.add_row(_text(fact.name), _text(fact.value, "bold"), _text(fact.detail, "dim"))
     if report.comparison is not None and report.comparison.ratio is None:
-        table.caption = _text(f"No distillation ratio: {report.comparison.ratio_note}", "dim")
+        table.caption_justify = "left"
+        table.caption = _text(f"Distillation ratio: {tables.ratio_note(report.comparison)}", "dim")
     return table
 
 

@@ -12,7 +12,7 @@ from limbeck.report.report import Report
 def write_report(report: Report, folder: Path) -> dict[str, Path]:
     """Write report.json, report.html and README.md (the model card) into a folder.
 
-    All are rendered before the first is written, and each takes its place at once: a reader never sees half a file.
+    All are rendered before the first is written, and each takes its place at once: nobody reads half a file.
 
     Args:
         report: What to write.

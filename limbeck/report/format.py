@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # so that report.py may import this module
 
 NOTHING = "–"
 LARGEST_FRACTION = 1.0
+_TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 UNBOUNDED = ("loss", "mse", "mae", "perplexity", "entropy", "brier")
 
 
@@ -162,7 +163,7 @@ def duration(seconds: float) -> str:
 
 
 def clean(text: str) -> str:
-    r"""Take out what no page, terminal or XML file may hold: control characters and lone surrogates.
+    r"""Take out control characters, lone surrogates and marks that reverse the numbers after them.
 
     Example:
         >>> clean("a\x1b[31mb\n")
@@ -203,6 +204,8 @@ def _decimals(value: float, digits: int) -> int:
 
 
 def _unprintable(character: str) -> bool:
-    """Whether a character has no place in a text: XML forbids these, terminals obey some of them."""
-    forbidden = unicodedata.category(character) in ("Cc", "Cs") or character in "\ufffe\uffff"
-    return forbidden and character not in "\n\t"
+    """Whether a character has no place in a text: XML forbids it, terminals obey it, or it turns what follows."""
+    if character in "\n\t":
+        return False
+    turns = unicodedata.bidirectional(character) in _TURNS
+    return turns or unicodedata.category(character) in ("Cc", "Cs") or character in "\ufffe\uffff"

@@ -14,19 +14,22 @@ from limbeck.report.report import Report
 _SPECIAL = re.compile(r"([\\`*_\[\]|#~$])")
 
 LOADING = """\
-The folder `student` holds an ordinary transformers model; limbeck is not needed to use it. Load it with the Auto
-class of its task, here the one for the classification of texts:
+The folder `student` holds the student alone; limbeck is not needed to use it. A transformers model is loaded with
+the Auto class of its task, here the one for the classification of texts:
 
 ```python
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 model = AutoModelForSequenceClassification.from_pretrained("student")
 tokenizer = AutoTokenizer.from_pretrained("student")
-```"""
+```
+
+A module of your own (no `config.json` in the folder) is built as it was for training; then
+`safetensors.torch.load_model(module, "student/model.safetensors")`."""
 
 NO_BASELINE = (
-    "No baseline was trained (a twin of the student with the same start and the same budget, without the teacher), "
-    "so how much of the student's quality came from distillation is not known."
+    "No baseline was trained (a twin of the student with the same start and budget, without the teacher), so "
+    "how much of the student's quality came from distillation is not known."
 )
 
 
@@ -81,20 +84,19 @@ def _front_matter(report: Report) -> str:
 
 def _models_table(report: Report) -> str:
     rows = tables.side_by_side(report)
-    body = [[row.label, *(f"{c.value} {c.detail}".strip() for c in row.cells)] for row in rows]
+    body = [[escape(row.label), *(tables.in_one(c.value, c.detail) for c in row.cells)] for row in rows]
     return _table(["", *(model.role for model in report.models)], body, numbers_from=1)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int = 99) -> str:
-    """Write a table whose columns from one on are set flush right."""
+    """Write a table of Markdown cells, whose columns from one on are set flush right."""
     rules = ["---:" if i >= numbers_from else "---" for i in range(len(head))]
-    lines = [[escape(cell) for cell in head], rules, *([escape(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rules, *rows))
 
 
 def _facts(report: Report) -> str:
     lines = [
-        f"- **{fact.name}: {escape(f'{fact.value} {fact.detail}'.strip())}.** {escape(fact.meaning)}"
+        f"- **{fact.name}: {tables.in_one(fact.value, fact.detail)}.** {escape(fact.meaning)}"
         for fact in tables.comparison_facts(report)
     ]
     return "\n".join(lines)
@@ -103,11 +105,12 @@ def _facts(report: Report) -> str:
 def _plan(report: Report) -> list[str]:
     if not report.plan:
         return []
-    return ["## What the student learned from", _table(tables.PLAN_COLUMNS, tables.plan_rows(report))]
+    rows = [[escape(value) for value in row] for row in tables.plan_rows(report)]
+    return ["## What the student learned from", _table(tables.PLAN_COLUMNS, rows)]
 
 
 def _making(report: Report) -> list[str]:
-    environment = tables.environment_rows(report.environment)
+    environment = [(escape(name), escape(value)) for name, value in tables.environment_rows(report.environment)]
     recipe = tables.recipe_text(report)
     parts = [
         "## How it was made",

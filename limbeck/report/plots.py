@@ -13,7 +13,7 @@ from matplotlib.transforms import ScaledTranslation
 from limbeck.report.format import Scale, measure, one_line, shorten
 from limbeck.report.report import Curve, ModelResult, Report
 from limbeck.report.svg import BASELINE, STUDENT, TEACHER, panel, style, ticks, to_svg, write_plainly
-from limbeck.report.tables import score_scale, weight_text
+from limbeck.report.tables import weight_text
 from limbeck.report.tapmap import tap_map as tap_map
 
 COLOUR = {"teacher": TEACHER, "baseline": BASELINE, "student": STUDENT}
@@ -28,7 +28,7 @@ Series = tuple[list[int], list[float]]
 
 def quality_against_latency(report: Report) -> str:
     """Draw each model's score against its latency, with the interval of either."""
-    scale = score_scale(report)
+    scale = report.scale
     with style():
         figure, axes = panel(WIDTH, HEIGHT)
         for model, shift in zip(report.models, _shifts(report.models), strict=True):
@@ -62,8 +62,8 @@ def training_curves(report: Report) -> list[str]:
 
 
 def scores_over_steps(report: Report) -> str:
-    """Draw the evaluation score over the steps, every seed of student and baseline; nothing where none is logged."""
-    scale = score_scale(report)
+    """Draw the evaluation score over the steps, for every seed; nothing where none is logged."""
+    scale = report.scale
     curves = [c for c in report.curves if c.role != "teacher" and c.score_steps]
     if not curves:
         return ""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from limbeck.report.format import POINTS, Scale, scale_for
 
 FORMAT = 1
 
@@ -182,15 +183,29 @@ class Report:
 
     def verdict(self) -> str:
         """The result in one sentence or two."""
-        kept = self.student.score.value / self.teacher.score.value if self.teacher.score.value else math.nan
         speed = self.speedup
         sentence = (
-            f"The student keeps {kept:.1%} of the teacher's {self.metric} at {speed['latency']:.1f}x the speed "
+            f"{self._quality()} at {speed['latency']:.1f}x the speed "
             f"(batch 1; {speed['throughput']:.1f}x at batch 32) and {self.size_ratio:.2f}x the size."
         )
         if self.comparison is None:
             return f"{sentence} No plainly trained baseline was run, so what distillation added is not known."
-        return f"{sentence} {gain_in_words(self.comparison.gain)}"
+        direction = "" if self.higher_is_better else " A gain counts as positive, although lower is better."
+        return f"{sentence} {gain_in_words(self.comparison.gain, self.scale)}{direction}"
+
+    @property
+    def scale(self) -> Scale:
+        """How values of the main metric are written: in points, or as they are."""
+        ends = [end for m in self.models for end in (m.score.value, m.score.low, m.score.high)]
+        return scale_for(self.metric, ends, higher_is_better=self.higher_is_better)
+
+    def _quality(self) -> str:
+        """Say what the student kept; of an error, or of nothing, it cannot keep a share."""
+        student, teacher = self.student.score.value, self.teacher.score.value
+        if self.higher_is_better and teacher > 0:
+            return f"The student keeps {student / teacher:.1%} of the teacher's {self.metric}"
+        scores = f"{self.scale.write(student)} against the teacher's {self.scale.write(teacher)}"
+        return f"The student's {self.metric} is {scores},"
 
     def to_json(self) -> str:
         """Write the report as JSON, the source of every other form."""
@@ -206,7 +221,7 @@ class Report:
         try:
             data = json.loads(text)
             version = data.pop("format")
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"this is no limbeck report: {error}") from None
         if version != FORMAT:
             raise ValueError(f"the report has format {version}, this limbeck reads format {FORMAT}")
@@ -229,9 +244,10 @@ class Report:
         return cls.from_json(file.read_text())
 
 
-def gain_in_words(gain: Interval) -> str:
+def gain_in_words(gain: Interval, scale: Scale = POINTS) -> str:
     """Say what distillation added to plain training, and whether that is more than noise."""
-    points = f"{100 * gain.value:+.1f} points (95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
+    ends = f"95 % interval {scale.signed(gain.low)} to {scale.signed(gain.high)}"
+    points = f"{scale.signed(gain.value)}{scale.unit} ({ends})"
     if not gain.excludes_zero:
         return f"Distillation against plain training: {points}, which is within noise."
     return f"Distillation gave {points} over plain training."

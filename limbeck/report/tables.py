@@ -16,10 +16,10 @@ PLAN_COLUMNS = ("term", "loss", "student tap", "teacher tap", "weight", "project
 TRUE_LABELS = "true labels"
 
 INTERVAL_NOTES = (
-    "Scores stand with their 95% interval, times with their median and quartiles. The intervals cover chance in "
-    "the evaluation examples and in the seeds that were run; they say nothing of other data or other settings.",
-    "Latency and throughput were measured on one machine, the one described here. Elsewhere the ratios are a "
-    "guide, the milliseconds are not.",
+    "Intervals are the 95% percentile intervals of a paired bootstrap over the evaluation examples, and over the "
+    "seeds where there are several. They cover chance in these; they say nothing of other data or other settings.",
+    "Latency and throughput are medians with quartiles, the models taking turns on one machine, the one described "
+    "here. Elsewhere the ratios are a guide, the milliseconds are not.",
 )
 
 
@@ -61,16 +61,20 @@ class Fact:
     meaning: str
 
 
-def score_scale(report: Report) -> Scale:
-    """Choose how the main metric is written."""
-    ends = [end for m in report.models for end in (m.score.value, m.score.low, m.score.high)]
-    return write.scale_for(report.metric, ends, higher_is_better=report.higher_is_better)
+def in_one(value: str, detail: str) -> str:
+    """Write a number and its interval, or its remark, on one line.
+
+    Example:
+        >>> in_one("83.4", "[82.0, 84.8]"), in_one("5.2×", "7.0× at batch 32"), in_one("5.2×", "")
+        ('83.4 [82.0, 84.8]', '5.2×, 7.0× at batch 32', '5.2×')
+    """
+    return f"{value}{' ' if detail.startswith('[') else ', '}{detail}" if detail else value
 
 
 def scale_note(report: Report) -> str:
     """Say in words how scores are written and which direction is good."""
     direction = "Higher is better." if report.higher_is_better else "Lower is better."
-    if score_scale(report).in_points:
+    if report.scale.in_points:
         return f"{direction} Scores are in points, 100 times {one_line(report.metric)}."
     return direction
 
@@ -94,6 +98,12 @@ def comparison_facts(report: Report) -> list[Fact]:
     return [*quality, *_speed_facts(report)]
 
 
+def ratio_note(comparison: Comparison) -> str:
+    """Say as a sentence why there is no distillation ratio."""
+    note = one_line(comparison.ratio_note) or "not defined"
+    return f"{note[0].upper()}{note[1:].rstrip('.')}."
+
+
 def plan_rows(report: Report) -> list[tuple[str, ...]]:
     """Build the rows of the table of terms, in the order of `PLAN_COLUMNS`."""
     return [_plan_row(row) for row in report.plan]
@@ -106,7 +116,7 @@ def facts_of_run(report: Report) -> list[tuple[str, str]]:
         ("Metric", f"{one_line(report.metric)}, {'higher' if report.higher_is_better else 'lower'} is better"),
         ("Examples", examples or NOTHING),
         ("Seeds", ", ".join(map(str, report.seeds)) or NOTHING),
-        ("Created", one_line(report.created)),
+        ("Created", one_line(report.created) or NOTHING),
     ]
 
 
@@ -136,7 +146,7 @@ def recipe_text(report: Report) -> str:
 
 
 def _score_rows(report: Report) -> list[Row]:
-    scale = score_scale(report)
+    scale = report.scale
     name = one_line(report.metric)
     rows = [_row(report, name, lambda m: Cell(scale.write(m.score.value), scale.ends(m.score)))]
     if any(len(m.scores_by_seed) > 1 for m in report.models):
@@ -176,8 +186,10 @@ def _teacher_time(model: ModelResult) -> Cell:
 
 
 def _quality_facts(report: Report, comparison: Comparison) -> list[Fact]:
-    scale, metric = score_scale(report), one_line(report.metric)
-    direction = "" if report.higher_is_better else " Lower is better, so a negative gain is a good one."
+    scale = report.scale
+    direction = (
+        "" if report.higher_is_better else " Lower is better here; the gain counts an improvement as positive."
+    )
     gain, gap = comparison.gain, comparison.gap
     return [
         Fact(
@@ -191,15 +203,10 @@ def _quality_facts(report: Report, comparison: Comparison) -> list[Fact]:
             "Gap",
             scale.signed(gap.value) + scale.unit,
             scale.signed_ends(gap),
-            f"What there was to win: teacher minus baseline, paired over the evaluation examples.{_noise(gap)}",
+            f"What there was to win: teacher minus baseline, likewise.{_noise(gap)}",
         ),
         _ratio_fact(comparison),
-        Fact(
-            "Retention",
-            write.share(comparison.retention.value),
-            write.share_ends(comparison.retention),
-            f"The student's {metric} over the teacher's, on the same evaluation examples.",
-        ),
+        *_retention_facts(report, comparison),
         Fact(
             "Agreement",
             write.share(comparison.agreement.value),
@@ -218,12 +225,24 @@ def _ratio_fact(comparison: Comparison) -> Fact:
         "1 the student is as good as its teacher."
     )
     if comparison.ratio is None:
-        note = one_line(comparison.ratio_note)
-        return Fact(
-            "Distillation ratio", "none", "", f"{meaning} It is not given here: {note or 'no reason given'}"
-        )
+        return Fact("Distillation ratio", "none", "", f"{meaning} {ratio_note(comparison)}")
     ratio = comparison.ratio
     return Fact("Distillation ratio", write.RATIO.write(ratio.value), write.RATIO.ends(ratio), meaning)
+
+
+def _retention_facts(report: Report, comparison: Comparison) -> list[Fact]:
+    """What was kept; of nothing, or of a negative score, there is no share."""
+    if report.teacher.score.value <= 0:
+        return []
+    lower = "" if report.higher_is_better else " Lower is better here, so that below 100% the student is ahead."
+    return [
+        Fact(
+            "Retention",
+            write.share(comparison.retention.value),
+            write.share_ends(comparison.retention),
+            f"The student's {one_line(report.metric)} over the teacher's, on the same evaluation examples.{lower}",
+        )
+    ]
 
 
 def _speed_facts(report: Report) -> list[Fact]:
@@ -252,16 +271,25 @@ def _noise(interval: Interval) -> str:
 
 
 def _plan_row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    projection = row.get("projection")
     return (
         one_line(str(row.get("name", NOTHING))),
-        one_line(str(row.get("loss", NOTHING))),
+        _with_options(row.get("loss", NOTHING), row.get("options")),
         one_line(str(row.get("tap", NOTHING))),
         TRUE_LABELS if row.get("teacher_tap") == "labels" else one_line(str(row.get("teacher_tap"))),
         weight_text(row.get("weight", 1.0)),
-        NOTHING if not projection else one_line(str(projection)),
+        _projection(row.get("projection")),
         write.parameters(row.get("parameters") or 0),
     )
+
+
+def _projection(projection: str | Mapping[str, Any] | None) -> str:
+    if isinstance(projection, Mapping):
+        return _with_options(projection.get("kind"), {k: v for k, v in projection.items() if k != "kind"})
+    return one_line(projection or NOTHING)
+
+
+def _with_options(name: Any, options: Mapping[str, Any] | None) -> str:
+    return one_line(", ".join([str(name), *(f"{key}={value}" for key, value in (options or {}).items())]))
 
 
 def weight_text(weight: float) -> str:

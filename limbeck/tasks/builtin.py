@@ -75,14 +75,17 @@ def docstrings_of(path: Path) -> Iterator[str]:
 
 
 def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY) -> Any:
-    """Train a WordPiece tokenizer on some texts, in the form that transformers saves and loads."""
+    """Train a BPE tokenizer on some texts, in the form that transformers saves and loads.
+
+    BPE, because the same texts give the same tokens each time; the library's WordPiece trainer breaks ties at random.
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL["unk_token"]))
+    tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL["unk_token"]))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
+    trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=list(SPECIAL.values()), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -92,11 +95,18 @@ def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 
-def fresh_bert(task: TextTask, *, layers: int = 4, hidden: int = 192) -> Loaded:
-    """A BERT with random weights and a tokenizer trained on the task's own texts, for tasks without a hub."""
+def fresh_bert(task: TextTask, *, processor: Any = None, layers: int = 4, hidden: int = 192) -> Loaded:
+    """A BERT with random weights, for tasks that shall need no hub.
+
+    Args:
+        task: The task.
+        processor: The tokenizer, a teacher's; by default one is trained on the task's own texts.
+        layers: Number of layers.
+        hidden: Width.
+    """
     from transformers import BertConfig, BertForSequenceClassification
 
-    tokenizer = train_tokenizer([text for row in task.splits[TRAIN].inputs for text in row])
+    tokenizer = processor or train_tokenizer([text for row in task.splits[TRAIN].inputs for text in row])
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,

@@ -1,0 +1,85 @@
+"""The same update however a step is cut, and the same weights however often a training is killed."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+WORKER = Path(__file__).parent / "workers" / "train.py"
+
+
+def run(*arguments, ranks=1, check=True):
+    """Run the worker, on several ranks through `accelerate launch`."""
+    launch = [sys.executable, str(WORKER)]
+    if ranks > 1:
+        accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+        flags = ["--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        port = str(random.Random().randint(20000, 50000))
+        launch = [*accelerate, *flags, "--num_processes", str(ranks), "--main_process_port", port, str(WORKER)]
+    done = subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, timeout=240)
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def weights(path, *arguments, **options):
+    run(path, *arguments, **options)
+    return load_file(path)
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Three updates in one piece."""
+    return weights(tmp_path_factory.mktemp("whole") / "w.safetensors")
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def test_accumulation_changes_nothing(tmp_path, whole, accumulation):
+    cut = weights(tmp_path / "w.safetensors", "--accumulation", accumulation)
+    assert largest_difference(whole, cut) < 1e-6
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_ranks_change_nothing(tmp_path, whole, accumulation):
+    cut = weights(tmp_path / "w.safetensors", "--accumulation", accumulation, ranks=2)
+    assert largest_difference(whole, cut) < 1e-6
+
+
+def test_the_comparison_can_fail(tmp_path, whole):
+    """One more update moves the weights by far more than the tolerance."""
+    other = weights(tmp_path / "w.safetensors", "--steps", 4)
+    assert largest_difference(whole, other) > 1e-4
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_resume_after_kill_is_bit_identical(tmp_path, best):
+    """Killed without warning at several steps, on and off a checkpoint, in and after an epoch."""
+    options = ["--steps", 14, "--dropout", 0.1, *(["--best"] if best else [])]
+    uninterrupted = weights(tmp_path / "a.safetensors", *options, "--folder", tmp_path / "a")
+    for kill_at in (2, 5, 9, 12):
+        killed = run(
+            tmp_path / "b.safetensors", *options, "--folder", tmp_path / "b", "--kill-at", kill_at, check=False
+        )
+        assert killed.returncode == -9
+    resumed = weights(tmp_path / "b.safetensors", *options, "--folder", tmp_path / "b")
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+
+
+def test_resume_on_two_ranks_is_bit_identical(tmp_path):
+    options = ["--steps", 8, "--dropout", 0.1]
+    uninterrupted = weights(tmp_path / "a.safetensors", *options, "--folder", tmp_path / "a", ranks=2)
+    killed = run(
+        tmp_path / "b.safetensors", *options, "--folder", tmp_path / "b", "--kill-at", 5, ranks=2, check=False
+    )
+    assert killed.returncode != 0
+    resumed = weights(tmp_path / "b.safetensors", *options, "--folder", tmp_path / "b", ranks=2)
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)

@@ -1,0 +1,100 @@
+"""A small training in a process of its own, to be launched on several ranks or killed.
+
+python train.py OUT.safetensors [--folder DIR] [--accumulation N] [--dropout P] [--steps N] [--kill-at N] [--best]
+"""
+
+import argparse
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from limbeck import Callback, Distiller, Examples, Settings, Term, fit
+from limbeck.tasks.text import Padding
+from limbeck.train.checkpoint import save_weights
+
+WORDS, CLASSES = 60, 3
+
+
+def examples(count=37):
+    """Texts of many lengths, so that every batch is padded and the last one is short."""
+    generator = np.random.default_rng(3)
+    items = []
+    for i in range(count):
+        tokens = generator.integers(5, WORDS, generator.integers(3, 17))
+        mask = np.ones(len(tokens), dtype=np.int64)
+        label = int(tokens[0]) % CLASSES
+        items.append({"input_ids": tokens, "attention_mask": mask, "labels": label, "example_id": i})
+    return Examples(items, Padding(0), [len(item["input_ids"]) for item in items])
+
+
+def model(layers, hidden, dropout, seed):
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=WORDS,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=2 * hidden,
+        num_labels=CLASSES,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return BertForSequenceClassification(config)
+
+
+def distiller(dropout=0.0):
+    terms = [
+        Term("logits", loss="forward_kl", temperature=2.0, name="kd"),
+        Term("bert.encoder.layer.0", "bert.encoder.layer.1", loss="mse", project="linear", name="hidden"),
+        Term("labels", loss="cross_entropy", weight=0.5),
+    ]
+    return Distiller(model(1, 16, dropout, seed=1), model(2, 24, 0.0, seed=2), terms)
+
+
+class KillAt(Callback):
+    """Ends the process without any warning after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, state):
+        if state.step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--kill-at", type=int, default=0)
+    parser.add_argument("--best", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = Settings(
+        batch_size=16,
+        steps=arguments.steps,
+        accumulation=arguments.accumulation,
+        learning_rate=1e-2,
+        warmup=2,
+        checkpoint_every=3,
+        evaluate_every=4,
+        log_every=2,
+        best=arguments.best,
+    )
+    trained = distiller(arguments.dropout)
+    callbacks = [KillAt(arguments.kill_at)] if arguments.kill_at else []
+    data = examples()
+    fit(trained, data, data, settings, callbacks=callbacks, folder=arguments.folder)
+    if int(os.environ.get("RANK", "0")) == 0:
+        save_weights(trained, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
