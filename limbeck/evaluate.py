@@ -125,10 +125,7 @@ def _distillation_ratio(bootstrap: Bootstrap, gain: Array, gap: Array) -> tuple[
     """
     whole = bootstrap.interval(gap)
     if not whole.excludes_zero:
-        return None, (
-            "not defined: the gap between teacher and baseline is within noise "
-            f"({100 * whole.low:+.1f} to {100 * whole.high:+.1f} points)"
-        )
+        return None, "not defined: the gap between teacher and baseline is within noise"
     if whole.value < 0:
         return None, "not defined: the baseline is better than the teacher"
     usable = gap != 0

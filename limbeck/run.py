@@ -290,6 +290,9 @@ class Run:
             recipe=self.recipe.model_dump(mode="json"),
             command=self.command,
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            regression=self.regression,
+            throughput_batch=self.throughput_batch(),
+            student_class=type(models["student"]).__name__,
         )
 
     def column(

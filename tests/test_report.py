@@ -93,6 +93,7 @@ def full() -> Report:
         recipe={"task": {"name": "glue/sst2"}, "seeds": 3},
         command="limbeck distill recipe.yaml",
         created="2026-03-14T09:26:53+00:00",
+        student_class="BertForSequenceClassification",
     )
 
 
@@ -113,6 +114,7 @@ def minimal() -> Report:
         recipe={},
         command="",
         created="",
+        student_class="BertForSequenceClassification",
     )
 
 
@@ -132,6 +134,7 @@ def hostile() -> Report:
         command=f"{SCRIPT} ``` {LONG}",
         comparison=dataclasses.replace(report.comparison, ratio=None, ratio_note=SCRIPT + LONG),
         created=STRANGE,
+        student_class="BertForSequenceClassification",
     )
 
 

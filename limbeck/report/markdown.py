@@ -14,18 +14,24 @@ from limbeck.report.report import Report
 _SPECIAL = re.compile(r"([\\`*_\[\]|#~$])")
 
 LOADING = """\
-The folder `student` holds the student alone; limbeck is not needed to use it. A transformers model is loaded with
-the Auto class of its task, here the one for the classification of texts:
+The folder `student` holds the student alone; limbeck is not needed to use it.
 
 ```python
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+{code}
+```"""
 
-model = AutoModelForSequenceClassification.from_pretrained("student")
-tokenizer = AutoTokenizer.from_pretrained("student")
-```
+WITH_TRANSFORMERS = """\
+from transformers import AutoModelFor{head}
 
-A module of your own (no `config.json` in the folder) is built as it was for training; then
-`safetensors.torch.load_model(module, "student/model.safetensors")`."""
+model = AutoModelFor{head}.from_pretrained("student")"""
+
+TOKENIZER = """
+tokenizer = AutoTokenizer.from_pretrained("student")"""
+
+PLAIN_MODULE = """\
+from safetensors.torch import load_model
+
+load_model(module, "student/model.safetensors")  # a {name}, built as it was for training"""
 
 NO_BASELINE = (
     "No baseline was trained (a twin of the student with the same start and budget, without the teacher), so "
@@ -53,13 +59,23 @@ def render_card(report: Report) -> str:
         NO_BASELINE if report.comparison is None else "",
         _facts(report),
         "## How to load it",
-        LOADING,
+        _loading(report),
         *_plan(report),
         *_making(report),
         "## Limits",
         "\n".join(f"- {note}" for note in tables.INTERVAL_NOTES),
     )
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _loading(report: Report) -> str:
+    """Say how to load the student; the classes of transformers are told by their names, ``XForY``."""
+    name = re.sub(r"\W", "", report.student_class)
+    head = name.partition("For")[2]
+    code = WITH_TRANSFORMERS.format(head=head) if head else PLAIN_MODULE.format(name=name or "module")
+    if head and not head.startswith("Image"):
+        code = code.replace("\n", ", AutoTokenizer\n", 1) + TOKENIZER
+    return LOADING.format(code=code)
 
 
 def escape(text: str) -> str:
@@ -74,8 +90,9 @@ def escape(text: str) -> str:
 
 
 def _front_matter(report: Report) -> str:
+    library = "transformers" if "For" in report.student_class else "pytorch"
     data = {
-        "library_name": "transformers",
+        "library_name": library,
         "tags": ["knowledge-distillation", "limbeck"],
         "metrics": [one_line(report.metric)],
     }

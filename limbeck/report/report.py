@@ -145,6 +145,9 @@ class Report:
         recipe: The resolved recipe.
         command: What to type to repeat the run.
         created: ISO date and time.
+        regression: Whether the task predicts a number; agreement is a correlation then.
+        throughput_batch: Batch size at which throughput was measured.
+        student_class: Class of the student, ``BertForSequenceClassification``.
     """
 
     task: str
@@ -162,6 +165,9 @@ class Report:
     recipe: dict[str, Any]
     command: str
     created: str
+    regression: bool = False
+    throughput_batch: int = 32
+    student_class: str = ""
 
     @property
     def models(self) -> list[ModelResult]:
@@ -186,7 +192,8 @@ class Report:
         speed = self.speedup
         sentence = (
             f"{self._quality()} at {speed['latency']:.1f}x the speed "
-            f"(batch 1; {speed['throughput']:.1f}x at batch 32) and {self.size_ratio:.2f}x the size."
+            f"(batch 1; {speed['throughput']:.1f}x at batch {self.throughput_batch}) "
+            f"and {self.size_ratio:.2f}x the size."
         )
         if self.comparison is None:
             return f"{sentence} No plainly trained baseline was run, so what distillation added is not known."
@@ -250,6 +257,8 @@ def gain_in_words(gain: Interval, scale: Scale = POINTS) -> str:
     points = f"{scale.signed(gain.value)}{scale.unit} ({ends})"
     if not gain.excludes_zero:
         return f"Distillation against plain training: {points}, which is within noise."
+    if gain.high < 0:
+        return f"Distillation did worse than plain training: {points}."
     return f"Distillation gave {points} over plain training."
 
 

@@ -86,7 +86,9 @@ def side_by_side(report: Report) -> list[Row]:
         _row(report, "Parameters", lambda m: Cell(write.parameters(m.parameters))),
         _row(report, "Size on disk", lambda m: Cell(write.size(m.size_bytes))),
         _row(report, "Latency, batch 1 (ms)", lambda m: _measured(m.latency_ms)),
-        _row(report, "Throughput, batch 32 (examples/s)", lambda m: _measured(m.throughput)),
+        _row(
+            report, f"Throughput, batch {report.throughput_batch} (examples/s)", lambda m: _measured(m.throughput)
+        ),
         _row(report, "Training time", _training_time),
         _row(report, "Teacher's share of it", _teacher_time),
     ]
@@ -207,16 +209,22 @@ def _quality_facts(report: Report, comparison: Comparison) -> list[Fact]:
         ),
         _ratio_fact(comparison),
         *_retention_facts(report, comparison),
-        Fact(
-            "Agreement",
-            write.share(comparison.agreement.value),
-            write.share_ends(comparison.agreement),
-            "How often student and teacher decide alike on an evaluation example, right or wrong (for regression: "
-            "the correlation of their outputs). The baseline agrees with the teacher on "
-            f"{write.share(comparison.baseline_agreement.value)} "
-            f"{write.share_ends(comparison.baseline_agreement)}.",
-        ),
+        _agreement_fact(report.regression, comparison),
     ]
+
+
+def _agreement_fact(regression: bool, comparison: Comparison) -> Fact:
+    ours, theirs = comparison.agreement, comparison.baseline_agreement
+    if regression:
+        ratio = write.RATIO
+        meaning = "How the student's numbers correlate with the teacher's (Pearson); the baseline's do at"
+        theirs_text = f"{ratio.write(theirs.value)} {ratio.ends(theirs)}"
+        return Fact("Agreement", ratio.write(ours.value), ratio.ends(ours), f"{meaning} {theirs_text}.")
+    meaning = (
+        "How often student and teacher decide alike on an evaluation example, right or wrong. The baseline agrees "
+        f"with the teacher on {write.share(theirs.value)} {write.share_ends(theirs)}."
+    )
+    return Fact("Agreement", write.share(ours.value), write.share_ends(ours), meaning)
 
 
 def _ratio_fact(comparison: Comparison) -> Fact:
@@ -251,7 +259,7 @@ def _speed_facts(report: Report) -> list[Fact]:
         Fact(
             "Speed-up",
             write.times(speed["latency"]),
-            f"{write.times(speed['throughput'])} at batch 32",
+            f"{write.times(speed['throughput'])} at batch {report.throughput_batch}",
             "The teacher's median time for one example over the student's, "
             f"{write.measure(teacher.latency_ms.value)} ms against {write.measure(student.latency_ms.value)} ms, "
             "on the same machine.",

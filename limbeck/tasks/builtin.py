@@ -77,7 +77,7 @@ def docstrings_of(path: Path) -> Iterator[str]:
 def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY) -> Any:
     """Train a BPE tokenizer on some texts, in the form that transformers saves and loads.
 
-    BPE, because the same texts give the same tokens each time; the library's WordPiece trainer breaks ties at random.
+    BPE, since the same texts give the same tokens; the library's WordPiece trainer breaks ties at random.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import threading
@@ -195,8 +196,10 @@ class _Training:
         self._agree_to_stop()
         due = state.step % (settings.evaluate_every or epoch_steps) == 0 or last or bool(state.stop)
         save = due if settings.checkpoint_every is None else state.step % settings.checkpoint_every == 0 or last
-        if state.step % settings.log_every == 0 or due or save or state.stop:
+        if state.step % settings.log_every == 0 or last:
             self._log()
+        elif due or save or state.stop:
+            self._term_means()
         self._call("on_step")
         if due and self.eval_data is not None and state.stop != INTERRUPTED:
             self._evaluate()
@@ -255,23 +258,31 @@ class _Training:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def _log(self) -> None:
-        """Bring the terms to this process, check them, and report the mean over the steps since the last time."""
+        """Report the mean of each term over the steps since the last time."""
         state = self.state
-        if not self.summed:
-            return
-        names = list(self.sums)
-        values = torch.stack([self.sums[n].float() for n in names]) / self.summed
-        means = self.accelerator.reduce(values, "mean").tolist()
-        state.terms = dict(zip(names, means, strict=True))
+        state.terms = self._term_means()
         state.loss = sum(state.weights[n] * v for n, v in state.terms.items())
         self.sums, self.summed = {}, 0
-        for name, value in state.terms.items():
-            if not np.isfinite(value):
-                raise FloatingPointError(
-                    f"term {name!r} became {value} at or before step {state.step}; lower the learning rate or its "
-                    f"weight. {self._kept()}"
-                )
         self._call("on_log")
+
+    def _term_means(self) -> dict[str, float]:
+        """Bring the terms to this process and check them; the one place that waits for the device.
+
+        Raises:
+            FloatingPointError: a term is not finite.
+        """
+        names = list(self.sums)
+        if not names:
+            return {}
+        values = torch.stack([self.sums[n].float() for n in names]) / self.summed
+        means = dict(zip(names, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"term {name!r} became {value} at or before step {self.state.step}; lower the learning rate "
+                    f"or its weight. {self._kept()}"
+                )
+        return means
 
     def _evaluate(self) -> None:
         state = self.state
