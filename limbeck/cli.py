@@ -39,6 +39,10 @@ DEMOS = ("docstrings", "digits")
 LISTS = ("losses", "tasks", "metrics", "projections")
 
 
+class Interrupted(Exception):  # noqa: N818  (no error: the user wanted it)
+    """Ctrl-C, with what is to be said about it; typer would swallow a KeyboardInterrupt."""
+
+
 @app.command()
 def demo(
     task: Annotated[str, typer.Option(help=f"One of {', '.join(DEMOS)}.")] = "docstrings",
@@ -114,12 +118,9 @@ def main() -> None:
     """Run a command; turn an error into one clear line and an exit status."""
     debug = "--debug" in sys.argv
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        cause = stop.__cause__ or stop  # the library turns Ctrl-C into an Abort
-        _fail(str(cause) or "interrupted; the same command goes on from where it stopped", 130)
+        sys.exit(app(standalone_mode=False))
+    except Interrupted as stop:
+        _fail(str(stop) or "interrupted; the same command goes on from where it stopped", 130)
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -177,15 +178,14 @@ def _run(recipe: Recipe, out: Path | None, overwrite: bool, retrain: bool) -> No
     from limbeck.run import default_folder, distill
 
     folder = out or default_folder(recipe)
-    with ConsoleObserver(console) as observer:
-        found = distill(
-            recipe,
-            folder,
-            overwrite=overwrite,
-            retrain=retrain,
-            observer=observer,
-            command=shlex.join(["limbeck", *sys.argv[1:]]),
-        )
+    command = shlex.join(["limbeck", *sys.argv[1:]])
+    try:
+        with ConsoleObserver(console) as observer:
+            found = distill(
+                recipe, folder, overwrite=overwrite, retrain=retrain, observer=observer, command=command
+            )
+    except KeyboardInterrupt as stop:
+        raise Interrupted(str(stop)) from None
     print_report(found, console)
     console.print(f"\nReport: {folder / 'report.html'}   Student: {folder / 'student'}", soft_wrap=True)
 

@@ -7,7 +7,7 @@ Shape legend: N examples, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,8 @@ class Metric:
         name: Its name in reports and recipes.
         function: ``(logits (N, C), labels (N,)) -> float``.
         higher_is_better: The direction in which a model improves.
+        numbers: Whether it judges numbers and not classes.
+        classes: The number of classes it needs; 0 for any.
 
     Example:
         >>> METRICS["accuracy"](np.array([[2.0, 1.0], [0.0, 3.0]]), np.array([0, 0]))
@@ -35,6 +37,8 @@ class Metric:
     name: str
     function: Callable[[Array, Array], float]
     higher_is_better: bool = True
+    numbers: bool = False
+    classes: int = 0
 
     def __call__(self, logits: Array, labels: Array) -> float:
         """Score predictions (N, C) against labels (N,)."""
@@ -108,14 +112,14 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("accuracy", _accuracy),
-        Metric("f1", _f1),
+        Metric("f1", _f1, classes=2),
         Metric("macro_f1", _macro_f1),
         Metric("matthews", _matthews),
-        Metric("pearson", _pearson),
-        Metric("spearman", _spearman),
-        Metric("mse", _mean_squared_error, higher_is_better=False),
-        Metric("accuracy_and_f1", _mean(_accuracy, _f1)),
-        Metric("pearson_and_spearman", _mean(_pearson, _spearman)),
+        Metric("pearson", _pearson, numbers=True),
+        Metric("spearman", _spearman, numbers=True),
+        Metric("mse", _mean_squared_error, higher_is_better=False, numbers=True),
+        Metric("accuracy_and_f1", _mean(_accuracy, _f1), classes=2),
+        Metric("pearson_and_spearman", _mean(_pearson, _spearman), numbers=True),
     )
 }
 """All metrics by name. The two with ``and`` are means, as GLUE scores MRPC, QQP and STS-B."""
@@ -136,3 +140,27 @@ def get_metric(name: str | Metric) -> Metric:
     if name not in METRICS:
         raise ValueError(f"unknown metric {name!r}; {nearest(name, METRICS)}")
     return METRICS[name]
+
+
+def check_metrics(names: Sequence[str], classes: int) -> None:
+    """Check that metrics exist and can judge a task with so many classes (0: numbers to predict).
+
+    Raises:
+        ValueError: a metric that does not exist or does not suit the task.
+
+    Example:
+        >>> check_metrics(["accuracy"], classes=0)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: the metric 'accuracy' judges classes, the task has numbers; choose one of mse, pearson, ...
+    """
+    for name in names:
+        metric = get_metric(name)
+        if not _suits(metric, classes):
+            judges = "numbers" if metric.numbers else f"{metric.classes or ''} classes".strip()
+            has = f"{classes} classes" if classes else "numbers"
+            fitting = ", ".join(sorted(m.name for m in METRICS.values() if _suits(m, classes)))
+            raise ValueError(f"the metric {name!r} judges {judges}, the task has {has}; choose one of {fitting}")
+
+
+def _suits(metric: Metric, classes: int) -> bool:
+    return metric.numbers == (classes == 0) and metric.classes in (0, classes)

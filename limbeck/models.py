@@ -17,6 +17,7 @@ from limbeck.recipe import Depths, Recipe, StudentSpec
 from limbeck.registry import check_options, import_object
 from limbeck.students.depth import count_layers, find_layers, take_layers
 from limbeck.tasks import TRAIN, Loaded, Task
+from limbeck.tasks.text import quiet_transformers
 from limbeck.train.checkpoint import save_weights
 
 STORE = Path("~/.cache/limbeck")
@@ -148,7 +149,8 @@ def save_model(model: nn.Module, processor: Any, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PreTrainedModel):
-        model.save_pretrained(folder)
+        with quiet_transformers():
+            model.save_pretrained(folder)
     else:
         save_weights(model, folder / "model.safetensors")
     if processor is not None:

@@ -91,12 +91,14 @@ class ConsoleObserver(Observer):
 
 
 def _term_table(plan: Plan) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for heading in ("term", "loss", "student", "teacher", "weight", "projection", "at start"):
-        table.add_column(heading, overflow="fold")
+    """One row for each term; the column of projections only where there are any."""
+    projected = any(planned.term.project for planned in plan.terms)
+    headings = ["term", "loss", "student", "teacher", "weight", *(["projection"] if projected else []), "at start"]
+    table = Table(*headings, box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     for planned in plan.terms:
         term = planned.term
-        projection = f"{term.project} ({planned.parameters:,})" if term.project else ""
-        row = (term.name, term.loss_name, term.tap, term.teacher_tap, f"{term.weight:g}", projection)
-        table.add_row(*(escape(str(cell)) for cell in row), f"{planned.value:.4g}")
+        row = [term.name, term.loss_name, term.tap, term.teacher_tap, f"{term.weight:.3g}"]
+        if projected:
+            row.append(f"{term.project} ({planned.parameters:,})" if term.project else "")
+        table.add_row(*(escape(cell) for cell in row), f"{planned.value:.4g}")
     return table

@@ -1,5 +1,8 @@
 import os
 
+# Small tensors are faster on one thread, and several processes do not wait for each other; workers inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 
 import pytest

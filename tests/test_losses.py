@@ -3,7 +3,13 @@ import math
 
 import pytest
 import torch
-from golden_cases import (
+from torch.autograd.gradcheck import GradcheckError
+from torch.nn.functional import normalize
+
+from limbeck.losses import LOSSES, cosine, cross_entropy, forward_kl, label_mse, mse, soft_cross_entropy
+from limbeck.reduce import masked_mean
+from limbeck.testing import LossContract
+from tests.golden_cases import (
     CASES,
     CLASSES,
     FINGERPRINTS,
@@ -13,12 +19,6 @@ from golden_cases import (
     measure,
     tolerance,
 )
-from torch.autograd.gradcheck import GradcheckError
-from torch.nn.functional import normalize
-
-from limbeck.losses import LOSSES, cosine, cross_entropy, forward_kl, label_mse, mse, soft_cross_entropy
-from limbeck.reduce import masked_mean
-from limbeck.testing import LossContract
 
 LS, LT, FS, FT, ES, ET = (INPUTS[name] for name in ("LS", "LT", "FS", "FT", "ES", "ET"))
 SS, ST, HS, HT, AS, AT = (INPUTS[name] for name in ("SS", "ST", "HS", "HT", "AS", "AT"))

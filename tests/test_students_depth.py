@@ -45,9 +45,7 @@ def bert_masked():
 
 
 def distilbert():
-    config = transformers.DistilBertConfig(
-        vocab_size=VOCABULARY, dim=16, n_layers=4, n_heads=2, hidden_dim=24
-    )
+    config = transformers.DistilBertConfig(vocab_size=VOCABULARY, dim=16, n_layers=4, n_heads=2, hidden_dim=24)
     return transformers.DistilBertForSequenceClassification(config)
 
 
@@ -82,9 +80,7 @@ def bart():
 
 
 def t5():
-    config = transformers.T5Config(
-        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=4, num_heads=2
-    )
+    config = transformers.T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=4, num_heads=2)
     return transformers.T5ForConditionalGeneration(config)
 
 
@@ -308,9 +304,7 @@ def test_lists_with_an_entry_for_each_layer_follow(tmp_path):
 
 
 def test_lists_of_other_things_stay():
-    config = transformers.ViTConfig(
-        **{**vit().config.to_dict(), "num_hidden_layers": 2, "image_size": [8, 8]}
-    )
+    config = transformers.ViTConfig(**{**vit().config.to_dict(), "num_hidden_layers": 2, "image_size": [8, 8]})
     student = take_layers(build(lambda: transformers.ViTForImageClassification(config)), [1])
     assert student.config.image_size == [8, 8]
 

@@ -5,12 +5,23 @@ import weakref
 
 import pytest
 import torch
-from models import Twice, Unnamed, bert, convolutional, gradients, hooks, images, perceptron, points, text_batch
 from torch import nn
 
 from limbeck import Distiller, Term
 from limbeck.taps import Recorder, Tap, parse, read_output, resolve
 from limbeck.teachers import ModuleTeacher, record
+from tests.models import (
+    Twice,
+    Unnamed,
+    bert,
+    convolutional,
+    gradients,
+    hooks,
+    images,
+    perceptron,
+    points,
+    text_batch,
+)
 
 PATHS = ["", "bert", "bert.encoder", "bert.encoder.layer.0", "bert.encoder.layer.1", "classifier"]
 
@@ -168,9 +179,10 @@ def test_outputs_without_names_need_read():
 def test_read_may_call_an_output_hidden_states():
     """`output_hidden_states=True` is only for a model that knows it."""
     model, (features, _) = Unnamed(), points()
+    teacher = ModuleTeacher(model, read=lambda output: {"logits": output[0], "hidden_states": [output[1]]})
     # fails today: TypeError, forward() got an unexpected keyword argument 'output_hidden_states'
-    seen = see(model, ["hidden_states.0"], features, read=lambda o: {"logits": o[0], "hidden_states": [o[1]]})
-    assert torch.equal(seen["hidden_states.0"], model(features)[1])
+    signal = teacher.signal({"features": features}, ["hidden_states.0"])
+    assert torch.equal(signal["hidden_states.0"], model(features)[1])
 
 
 def test_an_output_that_the_model_does_not_give():

@@ -2,12 +2,12 @@ import json
 
 import pytest
 import torch
-from models import Unnamed, bert, perceptron, points, text_batch
 from torch import nn
 
 from limbeck.teachers import ModuleTeacher, Teacher, as_teacher, load_pretrained
 from limbeck.testing import TeacherContract
 from limbeck.types import Signal
+from tests.models import Unnamed, bert, perceptron, points, text_batch
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +204,25 @@ def test_from_a_folder_without_weights(folder, tmp_path):
         load_pretrained(tmp_path)
 
 
+def test_no_pickle_is_loaded(folder, tmp_path):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    torch.save(bert(seed=5).state_dict(), tmp_path / "pytorch_model.bin")
+    # fails today: the weights are loaded from the pickle
+    with pytest.raises(ValueError, match="safetensors"):
+        load_pretrained(tmp_path)
+
+
+def test_a_teacher_with_missing_weights_is_refused(tmp_path):
+    """A head that the checkpoint lacks is drawn at random, and teaches noise."""
+    model = bert()
+    model.bert.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [type(model).__name__]}))
+    # fails today: transformers only logs it
+    with pytest.raises(ValueError, match=r"classifier\.(weight|bias)"):
+        load_pretrained(tmp_path)
+
+
 def test_an_architecture_is_a_model_class(folder, tmp_path):
     """A config is text from elsewhere: it may name whatever transformers exports."""
     config = json.loads((folder / "config.json").read_text())
@@ -257,6 +276,15 @@ def test_stays_in_eval_mode():
     module.train()
     teacher.signal({"input": points()[0]}, ["logits"])
     assert not module.training
+
+
+def test_runs_without_building_a_graph():
+    """Not even for an input that requires a gradient."""
+    modes = []
+    module = perceptron()
+    module[0].register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    ModuleTeacher(module).signal({"input": points()[0].requires_grad_()}, ["logits"])
+    assert modes == [False]
 
 
 def test_follows_the_batch_to_its_device():

@@ -122,6 +122,16 @@ Kind = Literal["classification", "regression"]
 TASKS: Registry[Callable[..., Task]] = Registry("task")
 
 
+def with_first(metric: str | None, metrics: tuple[str, ...]) -> tuple[str, ...]:
+    """A task's metrics with the one that the user chose in front.
+
+    Example:
+        >>> with_first("f1", ("accuracy", "f1"))
+        ('f1', 'accuracy')
+    """
+    return metrics if metric is None else (metric, *(m for m in metrics if m != metric))
+
+
 def shorten(task_splits: dict[str, Rows], options: TaskOptions) -> dict[str, Rows]:
     """Apply ``train_examples``, ``eval_examples`` and ``holdout`` to the splits of a task.
 

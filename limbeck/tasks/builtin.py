@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from limbeck.tasks.base import TASKS, TRAIN, VALIDATION, Loaded, Rows, TaskOptions, shorten
+from limbeck.tasks.base import TASKS, TRAIN, VALIDATION, Loaded, Rows, TaskOptions, shorten, with_first
 from limbeck.tasks.tables import split_rows
 from limbeck.tasks.text import TextTask
 
@@ -45,7 +45,7 @@ def docstrings(options: TaskOptions) -> TextTask:
         texts += [(text,) for text in chosen]
         labels += [label] * len(chosen)
     train, validation = split_rows(Rows(texts, labels))
-    metrics = ("accuracy", "macro_f1")
+    metrics = with_first(options.metric, ("accuracy", "macro_f1"))
     splits = shorten({TRAIN: train, VALIDATION: validation}, options)
     return TextTask("docstrings", names, metrics, splits, options.max_length)
 

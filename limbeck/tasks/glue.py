@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limbeck.registry import nearest
-from limbeck.tasks.base import TASKS, TRAIN, VALIDATION, Rows, TaskOptions, shorten
+from limbeck.tasks.base import TASKS, TRAIN, VALIDATION, Rows, TaskOptions, shorten, with_first
 from limbeck.tasks.tables import column, find_split, read_table, text_rows
 from limbeck.tasks.text import TextTask, first_line
 
@@ -67,7 +67,7 @@ def glue(options: TaskOptions) -> TextTask:
         _check_range(labels, about, source)
         values = labels if not about.labels else [int(v) for v in labels]
         splits[split] = Rows(text_rows(table, about.texts, source), values)
-    metrics = (options.metric,) if options.metric else about.metrics
+    metrics = with_first(options.metric, about.metrics)
     return TextTask(options.name, about.labels, metrics, shorten(splits, options), options.max_length)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from limbeck.tasks.base import TASKS, TRAIN, VALIDATION, Loaded, Rows, TaskOptions, shorten
+from limbeck.metrics import check_metrics
+from limbeck.tasks.base import TASKS, TRAIN, VALIDATION, Loaded, Rows, TaskOptions, shorten, with_first
 from limbeck.tasks.text import check_labels, first_line, quiet_transformers
 from limbeck.train import Examples
 from limbeck.types import EXAMPLE_ID, LABELS
@@ -33,6 +34,9 @@ class ImageTask:
     labels: tuple[str, ...]
     metrics: tuple[str, ...]
     splits: dict[str, Rows]
+
+    def __post_init__(self) -> None:
+        check_metrics(self.metrics, len(self.labels))
 
     def load(self, source: str | Path) -> Loaded:
         """Load an image classifier from a folder or the hub."""
@@ -80,7 +84,8 @@ def digits(options: TaskOptions) -> ImageTask:
     held = len(order) // 5
     splits = {TRAIN: rows.take(sorted(order[held:])), VALIDATION: rows.take(sorted(order[:held]))}
     names = tuple(str(d) for d in range(10))
-    return ImageTask("digits", names, ("accuracy", "macro_f1"), shorten(splits, options))
+    metrics = with_first(options.metric, ("accuracy", "macro_f1"))
+    return ImageTask("digits", names, metrics, shorten(splits, options))
 
 
 def fresh_resnet(task: ImageTask, *, widths: tuple[int, ...] = (32, 64), depth: int = 2) -> Loaded:

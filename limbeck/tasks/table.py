@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from limbeck.tasks.base import TASKS, TRAIN, VALIDATION, Rows, TaskOptions, shorten
+from limbeck.tasks.base import TASKS, TRAIN, VALIDATION, Rows, TaskOptions, shorten, with_first
 from limbeck.tasks.tables import SUFFIXES, column, find_split, read_table, split_rows, text_rows
 from limbeck.tasks.text import TextTask
 
 EVALUATION_NAMES = (VALIDATION, "valid", "val", "dev", "test")
-MOST_CLASSES = 500
+MOST_CLASSES = 0.5
+"""Share of distinct labels among the examples above which they are no classes."""
 
 
 @TASKS.register_as("table")
@@ -37,7 +38,7 @@ def table(options: TaskOptions) -> TextTask:
     if VALIDATION not in splits:
         splits[TRAIN], splits[VALIDATION] = split_rows(splits[TRAIN])
     default = ("accuracy", "macro_f1") if names else ("pearson", "spearman", "mse")
-    metrics = (options.metric, *(m for m in default if m != options.metric)) if options.metric else default
+    metrics = with_first(options.metric, default)
     return TextTask("table", names, metrics, shorten(splits, options), options.max_length)
 
 
@@ -67,16 +68,16 @@ def class_names(labels: Sequence[object]) -> tuple[str, ...]:
         ValueError: one class only, or so many that the column cannot be a class.
 
     Example:
-        >>> class_names([10, 9, 9])
+        >>> class_names([10, 9, 9, 10])
         ('9', '10')
     """
     numbers = all(isinstance(v, int) for v in labels)
     distinct = sorted(set(labels), key=(lambda v: int(str(v))) if numbers else str)
     if len(distinct) < 2:
         raise ValueError(f"the label column holds {distinct!r} only; a task needs two classes or more")
-    if len(distinct) > MOST_CLASSES:
+    if len(distinct) > max(2, MOST_CLASSES * len(labels)):
         raise ValueError(
-            f"the label column holds {len(distinct)} distinct values, too many for classes; "
+            f"the label column holds {len(distinct)} distinct values in {len(labels)} rows, too many for classes; "
             "is it the right column? (numbers to predict are written with a decimal point)"
         )
     return tuple(str(v) for v in distinct)

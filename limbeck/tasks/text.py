@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from limbeck.metrics import check_metrics
 from limbeck.tasks.base import Loaded, Rows
 from limbeck.train import Examples
 from limbeck.types import EXAMPLE_ID, LABELS
@@ -39,6 +40,9 @@ class TextTask:
     metrics: tuple[str, ...]
     splits: dict[str, Rows]
     max_length: int = 128
+
+    def __post_init__(self) -> None:
+        check_metrics(self.metrics, len(self.labels))
 
     def load(self, source: str | Path) -> Loaded:
         """Load a sequence classifier and its tokenizer from a folder or the hub."""
