@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from transformers import BertConfig, BertForSequenceClassification
 
-from limbeck import Callback, Distiller, Examples, Settings, Term, fit, take_layers
+from limbeck import Callback, Distiller, Settings, Term, fit, take_layers
 
 BATCH, LENGTH, CLASSES, TEMPERATURE = 32, 128, 3, 4.0
 PAIRS = ((0, 1), (1, 3), (2, 5))
@@ -91,9 +91,11 @@ class Stopwatch(Callback):
         self.last = 0.0
 
     def on_start(self, state):
+        """Start the watch."""
         self.last = time.perf_counter()
 
     def on_step(self, state):
+        """Take a lap."""
         now = time.perf_counter()
         self.times.append(now - self.last)
         self.losses.append(state.loss)
@@ -103,9 +105,7 @@ class Stopwatch(Callback):
 def by_limbeck(teacher, student, data):
     """The same work through `limbeck.fit`."""
     terms = [Term("logits", loss="forward_kl", temperature=TEMPERATURE, weight=0.7, name="kd")]
-    terms += [
-        Term(f"bert.encoder.layer.{i}", f"bert.encoder.layer.{j}", loss="mse", weight=0.1) for i, j in PAIRS
-    ]
+    terms += [Term(f"bert.encoder.layer.{i}", f"bert.encoder.layer.{j}", loss="mse", weight=0.1) for i, j in PAIRS]
     terms.append(Term("labels", loss="cross_entropy", weight=0.2))
     settings = Settings(batch_size=1, steps=len(data), schedule="constant", warmup=0, log_every=1, bucket=False)
     watch = Stopwatch()
@@ -133,14 +133,16 @@ def main():
         runs = {"hand": by_hand, "limbeck": by_limbeck}
         order = list(runs) if number % 2 == 0 else list(reversed(runs))
         found = {name: runs[name](teacher, copy.deepcopy(start), data) for name in order}
-        assert abs(found["hand"][1][0] - found["limbeck"][1][0]) < 1e-5, "the first losses differ: not the same work"
+        first = {name: losses[0] for name, (_, losses) in found.items()}
+        assert abs(first["hand"] - first["limbeck"]) < 1e-5, f"not the same work: {first}"
         seconds = {name: statistics.median(times[WARMUP:]) for name, (times, _) in found.items()}
         ratios.append(seconds["limbeck"] / seconds["hand"])
         rows.append(seconds)
-        print(f"round {number}: hand {seconds['hand']:.3f} s, limbeck {seconds['limbeck']:.3f} s, {ratios[-1]:.3f}x")
+        shown = ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items())
+        print(f"round {number}: {shown}, {ratios[-1]:.3f}x")
     low, _, high = statistics.quantiles(ratios, n=4)
     print(f"limbeck / hand-written: median {statistics.median(ratios):.3f}x, quartiles {low:.3f} to {high:.3f}")
-    print(f"{arguments.rounds} rounds of {arguments.steps} steps, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{arguments.rounds} rounds of {arguments.steps} steps, {torch.get_num_threads()} threads")
     if arguments.json:
         arguments.json.write_text(json.dumps({"ratios": ratios, "seconds": rows}, indent=1))
 

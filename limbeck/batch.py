@@ -49,6 +49,12 @@ def from_call(inputs: Sequence[Any], named: Batch) -> Batch:
     return {**as_batch(tuple(inputs)), **named}
 
 
+def positional(batch: Batch) -> tuple[Any, ...]:
+    """The positional inputs of a batch; a model may also call an input of its own ``inputs``."""
+    inputs = batch.get(INPUTS, ())
+    return inputs if isinstance(inputs, tuple) else ()
+
+
 def batch_size(batch: Batch) -> int:
     """The number of examples in a batch.
 
@@ -59,7 +65,7 @@ def batch_size(batch: Batch) -> int:
         >>> batch_size({"input_ids": torch.zeros(4, 7)})
         4
     """
-    tensors = [*batch.get(INPUTS, ()), *batch.values()]
+    tensors = [*positional(batch), *batch.values()]
     for tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.ndim:
             return tensor.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,11 +21,11 @@ from limbeck.batch import (
     rows,
     valid_positions,
 )
-from limbeck.projectors import Projector, build_projector, mismatch
-from limbeck.reduce import masked_mean
+from limbeck.projectors import Projector, build_projector
+from limbeck.reduce import blank, masked_mean
 from limbeck.registry import nearest
 from limbeck.taps import Read, Recorder, Tap, read_output, resolve
-from limbeck.teachers import ModuleInputs, TeacherLike, as_teacher, record
+from limbeck.teachers import ModuleInputs, ModuleTeacher, Teacher, TeacherLike, as_teacher, record
 from limbeck.terms import Term
 from limbeck.types import LABELS, Batch, Output, Signal
 
@@ -93,9 +94,9 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.terms = _checked_terms(terms)
-        _check_apart(student, teacher)
         self.student = student
         self.teacher = None if teacher is None else as_teacher(teacher, teacher_read or read)
+        _check_apart(student, self.teacher)
         self.projections = nn.ModuleDict(
             {_key(t): build_projector(t.project) for t in terms if t.project is not None}
         )
@@ -105,6 +106,7 @@ class Distiller(nn.Module):
         self.read = read
         self._call = ModuleInputs(student)
         self._recorder = Recorder(student, self._student_taps(), read)
+        self._checked = False
         self._gradients_checked = False
         self._check_offers()
         if sample is not None:
@@ -122,9 +124,11 @@ class Distiller(nn.Module):
         Returns:
             An `Output` in training mode, whatever the student returns in eval mode.
         """
-        batch = from_call(inputs, named)
         if not self.training:
-            return self._call(batch, with_labels=True)
+            return self._call.alone(inputs, named)
+        batch = from_call(inputs, named)
+        if not self._checked:
+            self.preflight(batch)
         return self.distil(batch, counts)
 
     def distil(self, batch: Batch, counts: Mapping[str, float] | None = None) -> Output:
@@ -160,6 +164,8 @@ class Distiller(nn.Module):
     def preflight(self, batch: Any) -> list[PlannedTerm]:
         """Check everything on two examples, size the projections, and say what each term will do.
 
+        It happens by itself on the first batch in training mode, and at the start of `fit`.
+
         Nothing is trained and no running statistics move. Only new projections draw random numbers.
 
         Raises:
@@ -167,15 +173,24 @@ class Distiller(nn.Module):
                 a term that is not finite.
         """
         batch = rows(as_batch(batch), 0, 2)
-        was_training = self.training
+        with self._looking():
+            teacher = self._teach(batch)
+            _, seen = record(self._recorder, lambda **extra: self._call(batch, **extra))
+            plan = [self._plan(t, Signal(seen), teacher, batch) for t in self.terms]
+        self._checked = True
+        return plan
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Run models without training them: eval mode, no gradient, not compiled; all is put back afterwards."""
+        modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
-            with torch.no_grad():
-                teacher = self._teach(batch)
-                _, seen = record(self._recorder, lambda **extra: self._call(batch, **extra))
-                return [self._plan(t, Signal(seen), teacher, batch) for t in self.terms]
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                yield
         finally:
-            self.train(was_training)
+            for module, training in modes.items():
+                module.training = training
             self.teacher_seconds = 0.0
 
     def compile_student(self, **options: Any) -> None:
@@ -209,11 +224,13 @@ class Distiller(nn.Module):
         with _in_term(term):
             target = _labels(batch) if term.reads_labels else teacher[term.teacher_tap]
             read = self._project(term, student[term.tap], target)
-            key = term.mask or (LABELS if term.reads_labels else mask_key(read.shape, batch))
+            key = _mask_of(term, read, batch)
             mask = None if key is None else valid_positions(batch, key)
+            if mask is not None and not term.reads_labels:
+                read, target = blank(read, mask), blank(target, mask)
             supplied = {"mask": mask, "labels": batch.get(LABELS)}
             with torch.autocast(read.device.type, enabled=False):
-                values = self._losses[term.name](read, target, **{name: supplied[name] for name in term.inputs})
+                values = self._losses[term.name](read, target, **{n: supplied[n] for n in term.inputs})
             if values.ndim == 0:  # it describes the batch as a whole, and counts once per example
                 mask, values = None, values.expand(batch_size(batch))
             count = None if counts is None else counts[EXAMPLES if mask is None else str(key)]
@@ -227,21 +244,19 @@ class Distiller(nn.Module):
         if not projector.sized:
             projector.size(read.shape, target.shape)
             projector.to(device=read.device)
-        projected: Tensor = projector(read)
+        projected: Tensor = projector(read, target.shape)
         return projected
 
     def _plan(self, term: Term, student: Signal, teacher: Signal, batch: Batch) -> PlannedTerm:
-        target = _labels(batch) if term.reads_labels else teacher[term.teacher_tap]
-        read = student[term.tap]
-        if not term.reads_labels and term.project is None and read.shape != target.shape:
-            raise ValueError(f"{_where(term)}: {mismatch(read.shape, target.shape)}")
+        with _in_term(term):
+            read = student[term.tap]
+            target = _labels(batch) if term.reads_labels else teacher[term.teacher_tap]
         value = self._value(term, student, teacher, batch).item()
-        if value != value or value in (float("inf"), -float("inf")):
+        if not math.isfinite(value):
             raise ValueError(f"{_where(term)} is {value} before any training; check both models' outputs")
         sizes = self.projections[_key(term)].parameters() if term.project is not None else ()
-        mask = term.mask or (LABELS if term.reads_labels else mask_key(read.shape, batch))
         shapes = tuple(read.shape), tuple(target.shape)
-        return PlannedTerm(term, *shapes, mask, value, sum(p.numel() for p in sizes))
+        return PlannedTerm(term, *shapes, _mask_of(term, read, batch), value, sum(p.numel() for p in sizes))
 
     def _logits(self, seen: Mapping[str, Tensor], output: Any) -> Tensor | None:
         if "logits" in seen:
@@ -272,8 +287,8 @@ class Distiller(nn.Module):
             return
         modules = dict(self.student.named_modules())
         for text, tap in self._recorder.taps.items():
-            trains = tap.module is not None and any(p.requires_grad for p in modules[tap.module].parameters())
-            if trains and not student[text].requires_grad:
+            trains = any(p.requires_grad for p in modules[tap.module or ""].parameters())
+            if trains and text != "logits" and not student[text].requires_grad:
                 raise ValueError(
                     f"tap {text!r} carries no gradient, although its module trains; "
                     "under activation checkpointing set use_reentrant=False"
@@ -283,7 +298,16 @@ class Distiller(nn.Module):
 
 def _key(term: Term) -> str:
     """The name of a term's projection in the state dict, where dots have a meaning."""
-    return term.name.replace(".", "/")
+    return term.name.replace("/", "//").replace(".", "/")
+
+
+def _mask_of(term: Term, read: Tensor, batch: Batch) -> str | None:
+    """The entry of the batch that masks a term: the one it names, the labels' own, or the one whose shape fits."""
+    if term.mask is None:
+        return LABELS if term.reads_labels else mask_key(read.shape, batch)
+    if term.mask not in batch:
+        raise ValueError(f"the batch has no mask {term.mask!r}; {nearest(term.mask, batch)}")
+    return term.mask
 
 
 def _where(term: Term) -> str:
@@ -310,15 +334,17 @@ def _checked_terms(terms: Sequence[Term]) -> tuple[Term, ...]:
     if not terms:
         raise ValueError("a Distiller needs a term; add Term('logits', loss='forward_kl')")
     names = [t.name for t in terms]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"two terms are called {name!r}; give one another name=")
+    for term in terms:
+        if names.count(term.name) > 1:
+            raise ValueError(f"two terms are called {term.name!r}; give one another name=")
+        if term.project is not None and _key(term) in dir(nn.ModuleDict):
+            raise ValueError(f"a term with a projection cannot be called {term.name!r}; give it another name=")
     return tuple(terms)
 
 
-def _check_apart(student: nn.Module, teacher: object) -> None:
-    """Freezing the teacher must not freeze the student."""
-    if not isinstance(teacher, nn.Module):
+def _check_apart(student: nn.Module, teacher: Teacher | None) -> None:
+    """A teacher is frozen, and a student that shares weights with it would be, too."""
+    if not isinstance(teacher, ModuleTeacher):
         return
-    if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
+    if {id(p) for p in student.parameters()} & {id(p) for p in teacher.module.parameters()}:
         raise ValueError("student and teacher share weights; pass copy.deepcopy(teacher) as the teacher")

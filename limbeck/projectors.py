@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -19,6 +19,7 @@ from torch import Size, Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from limbeck.registry import Registry, check_options
+from limbeck.shapes import mismatch
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -30,7 +31,10 @@ PROJECTORS: Registry[Callable[..., Projector]] = Registry("projection")
 
 
 class Projector(nn.Module):
-    """What every projection can do: be sized once from two shapes, then map tensors."""
+    """What every projection can do: be sized once from two shapes, then map tensors.
+
+    ``forward(features, like)`` gets the student's tensor and the shape of the teacher's.
+    """
 
     def size(self, student: Size, teacher: Size) -> None:
         """Give the parameters their shapes.
@@ -55,11 +59,13 @@ class Affine(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight: UninitializedParameter = UninitializedParameter()
-        self.bias: UninitializedParameter = UninitializedParameter()
+        self.weight = cast("nn.Parameter", UninitializedParameter())
+        self.bias = cast("nn.Parameter", UninitializedParameter())
 
     def size(self, width_in: int, width_out: int) -> None:
         """Create the weights: (width_out, width_in) and (width_out,)."""
+        assert isinstance(self.weight, UninitializedParameter)
+        assert isinstance(self.bias, UninitializedParameter)
         self.weight.materialize((width_out, width_in))
         self.bias.materialize((width_out,))
         bound = 1 / math.sqrt(width_in)
@@ -69,7 +75,22 @@ class Affine(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (..., D_in) to (..., D_out)."""
-        return F.linear(features, self.weight, self.bias)
+        return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
+
+    # Without its sizes an affine map has nothing to save, and takes them from what it loads.
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if not isinstance(self.weight, UninitializedParameter):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(f"{prefix}weight")
+        if isinstance(self.weight, UninitializedParameter):
+            if saved is None:
+                return
+            with torch.random.fork_rng():
+                self.size(saved.shape[1], saved.shape[0])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @PROJECTORS.register_as("identity")
@@ -81,7 +102,7 @@ class Identity(Projector):
         if student != teacher:
             raise ValueError(mismatch(student, teacher))
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, like: Size | None = None) -> Tensor:
         """Return the input."""
         return features
 
@@ -113,7 +134,7 @@ class Linear(Projector):
             raise ValueError(mismatch(student, teacher))
         self.affine.size(student[-1], teacher[-1])
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, like: Size | None = None) -> Tensor:
         """Map (..., D_student) to (..., D_teacher)."""
         mapped: Tensor = self.affine(features)
         return mapped if self.activation is None else ACTIVATIONS[self.activation](mapped)
@@ -141,7 +162,7 @@ class MLP(Projector):
         self.inner.size(student[-1], hidden)
         self.outer.size(hidden, teacher[-1])
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, like: Size | None = None) -> Tensor:
         """Map (..., D_student) to (..., D_teacher)."""
         mapped: Tensor = self.outer(F.gelu(self.inner(features)))
         return mapped
@@ -154,19 +175,18 @@ class Conv1x1(Projector):
     def __init__(self) -> None:
         super().__init__()
         self.affine = Affine()
-        self.area: tuple[int, int] | None = None
 
     def size(self, student: Size, teacher: Size) -> None:
         """Size from (B, C, H, W) shapes."""
         if len(student) != 4 or len(teacher) != 4:
             raise ValueError(f"conv1x1 maps (B, C, H, W) tensors, got {tuple(student)} and {tuple(teacher)}")
         self.affine.size(student[1], teacher[1])
-        self.area = (teacher[2], teacher[3])
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, like: Size | None = None) -> Tensor:
         """Map (B, C_student, H, W) to (B, C_teacher, H', W')."""
-        if self.area is not None and features.shape[2:] != self.area:
-            features = F.interpolate(features, self.area, mode="bilinear", antialias=True)
+        features = features.to(self.affine.weight.dtype)
+        if like is not None and features.shape[2:] != like[2:]:
+            features = F.interpolate(features, like[2:], mode="bilinear", antialias=True)
         weight = self.affine.weight[:, :, None, None]
         return F.conv2d(features, weight, self.affine.bias)
 
@@ -181,16 +201,6 @@ def linear_relu() -> Projector:
 def linear_tanh() -> Projector:
     """`Linear` with a tanh behind it."""
     return Linear(activation="tanh")
-
-
-def mismatch(student: Size, teacher: Size) -> str:
-    """Say that two shapes differ and which projection would mend it."""
-    fact = f"student {tuple(student)} and teacher {tuple(teacher)} differ in shape"
-    if len(student) == len(teacher) == 4:
-        return f"{fact}; add project='conv1x1'"
-    if student[:-1] == teacher[:-1]:
-        return f"{fact}; add project='linear'"
-    return f"{fact} before the last dimension, which no projection mends; tap other places"
 
 
 def build_projector(project: str | Mapping[str, Any]) -> Projector:

@@ -31,6 +31,19 @@ def per_position(values: Tensor, mask: Tensor | None) -> Tensor:
     return values if values.ndim == kept else values.flatten(kept).mean(dim=-1)
 
 
+def blank(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Put zeros at masked positions, so that not even a NaN there gets into a gradient.
+
+    Args:
+        tensor: (B, L, ...).
+        mask: (B, L), True where a position counts.
+    """
+    if mask.device.type == "cpu" and bool(mask.all()):  # a question that would make a GPU wait
+        return tensor
+    behind = mask.view(*mask.shape, *[1] * (tensor.ndim - mask.ndim))
+    return torch.where(behind, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+
+
 def masked_mean(values: Tensor, mask: Tensor | None = None, count: Tensor | float | None = None) -> Tensor:
     """Average a loss over the valid positions, in float32 or better.
 
@@ -58,4 +71,5 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, count: Tensor | floa
     valid = mask != 0
     total = torch.where(valid, values, torch.zeros((), dtype=values.dtype, device=values.device)).sum()
     count = valid.sum() if count is None else count
-    return total / torch.as_tensor(count, device=values.device).clamp(min=1)
+    count = torch.as_tensor(count, device=values.device)
+    return total / torch.where(count > 0, count, torch.ones_like(count))

@@ -43,6 +43,9 @@ OUTPUT_NAMES = frozenset(
 ON_REQUEST = ("hidden_states", "attentions")
 """Outputs that a transformers model returns only when it is asked with ``output_<name>=True``."""
 
+INPUT = "input"
+"""The part of a tap that asks for a module's input, ``"classifier#input"``."""
+
 Read = Callable[[Any], Mapping[str, Any]]
 
 
@@ -81,7 +84,9 @@ def parse(text: str, paths: Iterable[str], any_output: bool = False) -> Tap:
     name, _, index = text.partition(".")
     if name in OUTPUT_NAMES or (any_output and "#" not in text):
         return Tap(text, module=None, name=name, part=index)
-    raise ValueError(f"no module or output {text!r}; {nearest(path, paths | {'logits'})}")
+    is_inside = any(p == name or p.startswith(f"{name}.") for p in paths)
+    hint = nearest(path, paths - {""}) if is_inside else nearest(name, (paths | OUTPUT_NAMES) - {""})
+    raise ValueError(f"no module or output {text!r}; {hint}")
 
 
 def resolve(model: nn.Module, taps: Iterable[str], any_output: bool = False) -> dict[str, Tap]:
@@ -115,6 +120,8 @@ def read_output(output: Any, read: Read | None = None) -> Mapping[str, Any]:
         return {"logits": output}
     if isinstance(output, Mapping):
         return output
+    if isinstance(output, tuple) and hasattr(output, "_asdict"):  # a named tuple
+        return dict(output._asdict())
     if dataclasses.is_dataclass(output):
         return vars(output)
     raise TypeError(
@@ -129,17 +136,32 @@ def pick(value: Any, part: str, text: str) -> Tensor:
     Raises:
         ValueError: there is no such part, or it is no tensor.
     """
+    cure = "; load the model with attn_implementation='eager'" if "attentions" in text else ""
     if isinstance(value, Mapping) and part:
-        value = value.get(part)
-    elif isinstance(value, (tuple, list)) and (part or value):
-        index = int(part or 0)
-        if not -len(value) <= index < len(value):
-            raise ValueError(f"tap {text!r} asks for part {index} of {len(value)}; count from 0")
-        value = value[index]
+        if part not in value:
+            raise ValueError(f"tap {text!r}: there is no {part!r}; {nearest(part, value)}{cure}")
+        value = value[part]
+    elif isinstance(value, (tuple, list)):
+        value = value[_index(part, len(value), text, cure)]
+    elif part:
+        raise ValueError(f"tap {text!r} asks for part {part!r} of a {type(value).__name__}, which has none")
     if isinstance(value, Tensor):
         return value
-    cure = "; load the model with attn_implementation='eager'" if "attentions" in text else ""
     raise ValueError(f"tap {text!r} gave no tensor but {type(value).__name__}{cure}")
+
+
+def _index(part: str, count: int, text: str, cure: str) -> int:
+    """Which of several tensors a tap takes; a module's first by default, of the model's outputs none."""
+    if not part and text in OUTPUT_NAMES:
+        raise ValueError(
+            f"tap {text!r} holds {count} tensors; say which, as in '{text}.{max(0, count - 1)}'{cure}"
+        )
+    if part and not part.removeprefix("-").isdigit():
+        raise ValueError(f"tap {text!r} asks for part {part!r} of {count}; write a number")
+    index = int(part or 0)
+    if not -count <= index < count:
+        raise ValueError(f"tap {text!r} asks for part {index} of {count}; count from 0{cure}")
+    return index
 
 
 def requested_outputs(taps: Iterable[Tap]) -> dict[str, bool]:
@@ -236,15 +258,20 @@ class Recorder:
         modules = dict(self.model.named_modules())
         for tap in self.taps.values():
             if tap.module is not None:
-                hook = _Hook(self, tap)
-                self._handles.append(modules[tap.module].register_forward_hook(hook))
+                module = modules[tap.module]
+                handle = (
+                    module.register_forward_pre_hook(_InputHook(self, tap))
+                    if tap.part == INPUT
+                    else module.register_forward_hook(_OutputHook(self, tap))
+                )
+                self._handles.append(handle)
 
     def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def record(self, tap: Tap, inputs: tuple[Any, ...], output: Any) -> None:
+    def record(self, tap: Tap, tensor: Tensor) -> None:
         """Keep what one tap saw; called by the hooks.
 
         Raises:
@@ -257,20 +284,31 @@ class Recorder:
                 f"the module of tap {tap.text!r} ran more than once in one forward pass; "
                 "tap an output of the model instead, such as 'hidden_states.3'"
             )
-        from_input = tap.part == "input"
-        tensor = pick(inputs, "", tap.text) if from_input else pick(output, tap.part, tap.text)
-        kept = tensor.clone() if tap.text in self.cloned else tensor
+        # A compiled tensor has no version that would tell of a later change in place.
+        compiling = torch.compiler.is_compiling()
+        kept = tensor.clone() if compiling or tap.text in self.cloned else tensor
         self._seen[tap.text] = kept
-        if not torch.compiler.is_compiling():
+        if not compiling and not kept.is_inference():
             self._versions[tap.text] = kept._version
 
 
-class _Hook:
-    """A forward hook that survives deepcopy and pickle of the model, unlike a closure."""
+@dataclasses.dataclass
+class _OutputHook:
+    """A forward hook; an object, since a model with a closure in it can be neither copied nor pickled."""
 
-    def __init__(self, recorder: Recorder, tap: Tap) -> None:
-        self.recorder = recorder
-        self.tap = tap
+    recorder: Recorder
+    tap: Tap
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        self.recorder.record(self.tap, inputs, output)
+        self.recorder.record(self.tap, pick(output, self.tap.part, self.tap.text))
+
+
+@dataclasses.dataclass
+class _InputHook:
+    """A hook that runs before the module, which may overwrite its input."""
+
+    recorder: Recorder
+    tap: Tap
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.recorder.record(self.tap, pick(inputs, "", self.tap.text))

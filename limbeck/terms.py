@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -86,7 +85,7 @@ class Term:
             "name": name or (loss_name if tap == "logits" else f"{loss_name}[{tap}]"),
             "project": project,
             "mask": mask,
-            "options": MappingProxyType(options),
+            "options": dict(options),
             "inputs": _asked_for(function),
         }
         for key, value in fields.items():

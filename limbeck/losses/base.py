@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from limbeck.registry import Registry
+from limbeck.shapes import mismatch
 
 SUPPLIED = frozenset({"mask", "labels"})
 FAMILIES = ("logits", "features", "labels")
@@ -67,7 +68,4 @@ def same_shape(student: Tensor, teacher: Tensor) -> None:
         ValueError: the shapes differ.
     """
     if student.shape != teacher.shape:
-        raise ValueError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape; "
-            "add a projection to the term (project='linear' or 'conv1x1')"
-        )
+        raise ValueError(mismatch(student.shape, teacher.shape))

@@ -5,6 +5,7 @@ Shape legend: B examples, L positions, D features, ``...`` any leading dimension
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
@@ -76,4 +77,6 @@ def cosine(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
         Sanh et al. 2019, DistilBERT, arXiv:1910.01108.
     """
     student, teacher = paired_features(student, teacher)
+    norms = torch.linalg.vector_norm(student.detach(), dim=dim, keepdim=True)
+    student = torch.where(norms == 0, torch.zeros_like(student), student)  # no gradient where there is no angle
     return 1.0 - F.cosine_similarity(student, teacher, dim=dim)

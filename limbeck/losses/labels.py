@@ -42,13 +42,17 @@ def cross_entropy(student: Tensor, labels: Tensor, *, label_smoothing: float = 0
             f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(student.shape)}; "
             "cross_entropy takes one class index per position"
         )
-    values = F.cross_entropy(
-        full_precision(student).reshape(-1, student.shape[-1]),
-        labels.reshape(-1).long(),
-        ignore_index=IGNORE_INDEX,
-        label_smoothing=label_smoothing,
-        reduction="none",
-    )
+    try:
+        values = F.cross_entropy(
+            full_precision(student).reshape(-1, student.shape[-1]),
+            labels.reshape(-1).long(),
+            ignore_index=IGNORE_INDEX,
+            label_smoothing=label_smoothing,
+            reduction="none",
+        )
+    except IndexError:
+        wrong = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= student.shape[-1]))]
+        raise ValueError(f"label {wrong[0].item()} lies outside the {student.shape[-1]} classes") from None
     return values.view(labels.shape)
 
 
@@ -76,10 +80,10 @@ def label_mse(student: Tensor, labels: Tensor) -> Tensor:
     Reference:
         Gauss's least squares; the hard-label loss of regression tasks such as STS-B.
     """
-    if student.numel() != labels.numel():
+    if student.shape not in (labels.shape, (*labels.shape, 1)):
         raise ValueError(
             f"labels of shape {tuple(labels.shape)} do not fit predictions of shape "
             f"{tuple(student.shape)}; label_mse takes one prediction per label"
         )
     student = full_precision(student).view(labels.shape)
-    return F.mse_loss(student, labels.to(student.dtype), reduction="none")
+    return F.mse_loss(student, labels.detach().to(student.dtype), reduction="none")

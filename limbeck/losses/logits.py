@@ -38,7 +38,7 @@ def paired_log_probs(student: Tensor, teacher: Tensor, temperature: float) -> tu
 def expectation(log_p: Tensor, values: Tensor) -> Tensor:
     """Sum ``p · values`` over the last dimension; what has no probability counts nothing, even if infinite."""
     p = log_p.exp()
-    return torch.where(p > 0, p * values, torch.zeros_like(p)).sum(dim=-1)
+    return torch.where(p == 0, torch.zeros_like(p), p * values).sum(dim=-1)  # a NaN stays one
 
 
 @loss

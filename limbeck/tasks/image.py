@@ -51,7 +51,7 @@ class ImageTask:
                 config.num_labels, config.id2label = len(names), names
                 config.label2id = {name: i for i, name in names.items()}
                 model, info = AutoModelForImageClassification.from_pretrained(
-                    source, config=config, output_loading_info=True
+                    source, config=config, output_loading_info=True, use_safetensors=True
                 )
             except OSError as error:
                 raise ValueError(f"cannot load an image model from {str(source)!r}: {first_line(error)}") from None

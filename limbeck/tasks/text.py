@@ -53,7 +53,7 @@ class TextTask:
                 config = self._config(source)
                 tokenizer = AutoTokenizer.from_pretrained(source)
                 model, info = AutoModelForSequenceClassification.from_pretrained(
-                    source, config=config, output_loading_info=True
+                    source, config=config, output_loading_info=True, use_safetensors=True
                 )
             except (OSError, ValueError) as error:
                 raise ValueError(f"cannot load a text model from {str(source)!r}: {first_line(error)}") from None

@@ -41,7 +41,8 @@ def as_teacher(source: TeacherLike, read: Read | None = None) -> Teacher:
     if isinstance(source, (str, Path)):
         return ModuleTeacher(load_pretrained(source), read)
     if isinstance(source, tuple) and source and callable(source[0]):
-        make, args, kwargs = (*source, (), {})[:3]
+        make = source[0]
+        args, kwargs = (source[1:] + ((), {})[len(source) - 1 :])[:2]
         return as_teacher(make(*args, **kwargs), read)
     if callable(source):
         return as_teacher(source(), read)
@@ -65,8 +66,20 @@ def load_pretrained(source: str | Path) -> nn.Module:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot load a model from {str(source)!r}: {first}") from None
     names = config.architectures or ["no class"]
-    model_class = getattr(transformers, names[0], None)
-    if model_class is None:
+    model_class: Any = getattr(transformers, names[0], None)
+    if not _is_model_class(model_class, transformers.PreTrainedModel):
         raise ValueError(f"the config of {str(source)!r} names {names[0]}, which transformers lacks")
-    model: nn.Module = model_class.from_pretrained(source)
-    return model
+    try:
+        model, loading = model_class.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot load a model from {str(source)!r} as safetensors: {first}") from None
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ValueError(f"the weights of {str(source)!r} lack {', '.join(missing[:3])}, which would be random")
+    loaded: nn.Module = model
+    return loaded
+
+
+def _is_model_class(found: Any, base: type) -> bool:
+    return isinstance(found, type) and issubclass(found, base)

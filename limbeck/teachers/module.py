@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from limbeck.batch import positional
 from limbeck.taps import OUTPUT_NAMES, Read, Recorder, Tap, requested_outputs, resolve
 from limbeck.types import EXAMPLE_ID, INPUTS, LABELS, Batch, Signal
 
@@ -32,27 +33,33 @@ class ModuleInputs:
         self.model = model
         parameters = inspect.signature(model.forward).parameters.values()
         self.named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        self.takes_all = not self.named and any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.places = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+        self.is_open = any(p.kind is p.VAR_KEYWORD for p in parameters)
 
-    def select(self, batch: Batch, with_labels: bool = False) -> dict[str, Any]:
+    def select(self, batch: Batch) -> dict[str, Any]:
         """The entries of the batch that the model takes by name."""
-        reserved = {EXAMPLE_ID, INPUTS} | (set() if with_labels else {LABELS})
-        return {
-            key: value
-            for key, value in batch.items()
-            if key not in reserved and (self.takes_all or key in self.named)
-        }
+        takes_all = self.is_open and not self.named
+        reserved = {EXAMPLE_ID, LABELS} | ({INPUTS} if positional(batch) else set())
+        return {k: v for k, v in batch.items() if k not in reserved and (takes_all or k in self.named)}
 
-    def __call__(self, batch: Batch, with_labels: bool = False, **extra: Any) -> Any:
-        """Call the model; `extra` goes to it as it is."""
-        inputs = self.select(batch, with_labels)
-        positional = batch.get(INPUTS, ())
-        if not inputs and not positional:
+    def __call__(self, batch: Batch, **extra: Any) -> Any:
+        """Call the model; of `extra`, it gets what its forward can take."""
+        inputs, given = self.select(batch), positional(batch)
+        if not inputs and not given:
             raise ValueError(
                 f"{type(self.model).__name__} takes {sorted(self.named)}, and the batch has {sorted(batch)}; "
                 "rename the batch's entries to the model's"
             )
-        return self.model(*positional, **inputs, **extra)
+        extra = {key: value for key, value in extra.items() if self.is_open or key in self.named}
+        return self.model(*given, **inputs, **extra)
+
+    def alone(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+        """Call the model as its user would, with labels if it takes them, and without what it cannot take."""
+        if LABELS not in named and len(inputs) > max(1, self.places):
+            inputs = inputs[:-1]
+        unknown = {EXAMPLE_ID, LABELS} - self.named
+        known = {k: v for k, v in named.items() if k in self.named or (self.is_open and k not in unknown)}
+        return self.model(*inputs, **known)
 
 
 class ModuleTeacher:
@@ -107,7 +114,7 @@ class ModuleTeacher:
 
     def _follow(self, batch: Batch) -> None:
         """Move to where the batch is; the Distiller moves the student only."""
-        tensors = [*batch.get(INPUTS, ()), *batch.values()]
+        tensors = [*positional(batch), *batch.values()]
         device = next((t.device for t in tensors if isinstance(t, torch.Tensor)), None)
         here = next(self.module.parameters(), None)
         if device is not None and here is not None and here.device != device:
