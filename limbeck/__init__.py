@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from limbeck.distiller import Distiller as Distiller
     from limbeck.losses import LOSSES as LOSSES
     from limbeck.losses import loss as loss
+    from limbeck.recipe import Recipe as Recipe
+    from limbeck.report import Report as Report
+    from limbeck.run import distill as distill
     from limbeck.students import take_layers as take_layers
     from limbeck.terms import Term as Term
     from limbeck.terms import layer_pairs as layer_pairs
@@ -29,6 +32,9 @@ _HOMES = {
     "Distiller": "limbeck.distiller",
     "LOSSES": "limbeck.losses",
     "loss": "limbeck.losses",
+    "Recipe": "limbeck.recipe",
+    "Report": "limbeck.report",
+    "distill": "limbeck.run",
     "take_layers": "limbeck.students",
     "Term": "limbeck.terms",
     "layer_pairs": "limbeck.terms",

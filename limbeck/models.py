@@ -18,10 +18,11 @@ from limbeck.registry import check_options, import_object
 from limbeck.students.depth import count_layers, find_layers, take_layers
 from limbeck.tasks import TRAIN, Loaded, Task
 from limbeck.tasks.text import quiet_transformers
-from limbeck.train.checkpoint import save_weights
+from limbeck.train.checkpoint import load_weights, save_weights
 
 STORE = Path("~/.cache/limbeck")
 MADE_BY = "made-by.json"
+MODULE = "model.safetensors"
 FORMAT = 1
 
 
@@ -89,13 +90,13 @@ class TeacherStore:
     """Fine-tuned teachers, kept by what made them.
 
     Args:
-        root: The folder of the store.
         recipe: The recipe, whose teacher, task and teacher's training make the key.
         task: The task with its data.
     """
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
         root = Path(recipe.store or STORE).expanduser()
+        self.source = recipe.teacher
         self.made_by = {
             "format": FORMAT,
             "model": recipe.teacher.model,
@@ -113,6 +114,14 @@ class TeacherStore:
     def holds(self) -> bool:
         """Whether this teacher is there."""
         return (self.folder / MADE_BY).is_file()
+
+    def load(self, task: Task) -> Loaded:
+        """Load this teacher; a module that is none of transformers' is made first and then gets its weights."""
+        if (self.folder / "config.json").is_file():
+            return task.load(self.folder)
+        made = load_model(task, self.source.model, self.source.options, seed=0)
+        load_weights(made.model, self.folder / MODULE)
+        return made
 
     def keep(self, model: nn.Module, processor: Any) -> None:
         """Save a teacher; a folder of that name is always whole."""
@@ -152,6 +161,6 @@ def save_model(model: nn.Module, processor: Any, folder: Path) -> None:
         with quiet_transformers():
             model.save_pretrained(folder)
     else:
-        save_weights(model, folder / "model.safetensors")
+        save_weights(model, folder / MODULE)
     if processor is not None:
         processor.save_pretrained(folder)

@@ -97,6 +97,19 @@ def distill(
 
     Raises:
         ValueError: anything wrong with the recipe, the data or the models, before any training.
+
+    Example:
+        >>> import tempfile
+        >>> place, network = tempfile.mkdtemp(), "limbeck.tasks.image:fresh_resnet"
+        >>> report = distill({
+        ...     "task": {"name": "digits", "train_examples": 64, "eval_examples": 32},
+        ...     "teacher": {"model": network, "training": {"steps": 2}},
+        ...     "student": {"model": network, "options": {"widths": [8, 16], "depth": 1}},
+        ...     "training": {"steps": 2},
+        ...     "store": place,
+        ... }, place + "/run")
+        >>> report.student.parameters < report.teacher.parameters
+        True
     """
     recipe = as_recipe(recipe)
     task = make_task(recipe.task)
@@ -196,7 +209,7 @@ class Run:
         """Load the teacher, and say whether it is ready or has to be fine-tuned."""
         spec = self.recipe.teacher
         if spec.finetune != "never" and store.holds():
-            return self.task.load(store.folder), True
+            return store.load(self.task), True
         loaded = load_model(self.task, spec.model, spec.options, spec.training.seed)
         ready = spec.finetune == "never" or (spec.finetune == "auto" and loaded.head_is_trained)
         return loaded, ready

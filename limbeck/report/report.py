@@ -148,6 +148,16 @@ class Report:
         regression: Whether the task predicts a number; agreement is a correlation then.
         throughput_batch: Batch size at which throughput was measured.
         student_class: Class of the student, ``BertForSequenceClassification``.
+
+    Example:
+        >>> point = Interval(0.9, 0.8, 1.0)
+        >>> teacher = ModelResult("teacher", point, {}, 200, 800, Interval(4, 4, 4), Interval(10, 10, 10))
+        >>> student = ModelResult("student", point, {}, 100, 400, Interval(2, 2, 2), Interval(30, 30, 30))
+        >>> report = Report("rte", "accuracy", True, {}, teacher, None, student, None, [], [], [0], {}, {}, "", "")
+        >>> report.speedup, report.size_ratio
+        ({'latency': 2.0, 'throughput': 3.0}, 0.5)
+        >>> Report.from_json(report.to_json()) == report
+        True
     """
 
     task: str

@@ -1,0 +1,70 @@
+"""What the documents show runs: README blocks, shipped recipes, commands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import limbeck
+from limbeck.cli import app
+from limbeck.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RECIPES = sorted((ROOT / "limbeck" / "recipes").glob("*.yaml"))
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_yaml_blocks_are_recipes(text):
+    recipe = Recipe.parse(yaml.safe_load(text))
+    assert recipe.build_terms is not None
+    assert set(recipe.terms) == {"kd", "hidden", "labels"}
+
+
+def commands():
+    text = "\n".join(re.findall(r"```\n(.*?)```", README, flags=re.DOTALL))
+    return [line for line in text.splitlines() if line.startswith("limbeck ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_have_the_options_that_they_show(command):
+    words = shlex.split(command)
+    shown = CliRunner().invoke(app, [words[1], "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert shown.exit_code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown.output)
+    for word in words:
+        assert not word.startswith("--") or word in plain
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_run_on_small_data(path, tmp_path):
+    changes = [
+        *("task.train_examples=48", "task.eval_examples=24", f"store={tmp_path / 'store'}"),
+        *("training.steps=2", "teacher.training.steps=2", "training.batch_size=16"),
+    ]
+    report = limbeck.distill(Recipe.load(path, changes), tmp_path / "run")
+    assert report.student.parameters < report.teacher.parameters
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_links_and_pictures_are_there():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_two_commands_stand_in_the_first_screen():
+    first = README.splitlines()[:25]
+    assert any("make demo" in line for line in first)
+    assert any("make test" in line for line in first)
