@@ -57,7 +57,12 @@ def loss(function: F) -> F:
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """Lift half precision to float32, where differences of log-probabilities keep their digits."""
+    """Lift half precision to float32, where differences of log-probabilities keep their digits.
+
+    Example:
+        >>> full_precision(torch.zeros(2, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
@@ -66,6 +71,11 @@ def same_shape(student: Tensor, teacher: Tensor) -> None:
 
     Raises:
         ValueError: the shapes differ.
+
+    Example:
+        >>> same_shape(torch.zeros(2, 3), torch.zeros(2, 5))
+        Traceback (most recent call last):
+        ValueError: student (2, 3) and teacher (2, 5) differ in shape; add project='linear'
     """
     if student.shape != teacher.shape:
         raise ValueError(mismatch(student.shape, teacher.shape))

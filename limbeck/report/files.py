@@ -20,6 +20,12 @@ def write_report(report: Report, folder: Path) -> dict[str, Path]:
 
     Returns:
         The paths, by ``"json"``, ``"html"`` and ``"card"``.
+
+    Example:
+        >>> from limbeck.report.report import example
+        >>> paths = write_report(example(), Path(tempfile.mkdtemp()))
+        >>> sorted(path.name for path in paths.values())
+        ['README.md', 'report.html', 'report.json']
     """
     from limbeck.report.html import render_html  # matplotlib and Jinja2 are wanted from here on
     from limbeck.report.markdown import render_card

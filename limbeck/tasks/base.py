@@ -113,7 +113,13 @@ class Task(Protocol):
 
 
 def is_regression(task: Task) -> bool:
-    """Whether a number is to be predicted and not a class."""
+    """Whether a number is to be predicted and not a class.
+
+    Example:
+        >>> from limbeck.tasks import make_task
+        >>> is_regression(make_task(TaskOptions(name="digits")))
+        False
+    """
     return not task.labels
 
 

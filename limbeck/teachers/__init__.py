@@ -56,7 +56,12 @@ def load_pretrained(source: str | Path) -> nn.Module:
     """Load a transformers model as the class that its config names.
 
     Raises:
-        ValueError: there is no such folder or hub model, or its config names no class.
+        ValueError: there is no such folder or hub model, its config names no class, or weights are missing.
+
+    Example:
+        >>> load_pretrained("no/such/folder/here")
+        Traceback (most recent call last):
+        ValueError: cannot load a model from 'no/such/folder/here': ...
     """
     import transformers
 

@@ -145,7 +145,12 @@ class JsonLog(Callback):
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read a log; a last line that a crash cut off is left out."""
+    """Read a log; a last line that a crash cut off is left out.
+
+    Example:
+        >>> read_log(Path("no-such-log.jsonl"))
+        []
+    """
     lines = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
