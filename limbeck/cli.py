@@ -17,9 +17,11 @@ from limbeck.registry import nearest
 if TYPE_CHECKING:
     from limbeck.recipe import Recipe
 
+ABOUT = "Knowledge distillation: a trained teacher goes in; a smaller, faster student comes out."
+
 app = typer.Typer(
-    help="Knowledge distillation: a trained teacher goes in; a smaller, faster student comes out.",
-    no_args_is_help=True,
+    help=ABOUT,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -36,7 +38,15 @@ Overwrite = Annotated[bool, typer.Option(help="Delete what is in the folder and 
 Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
 
 DEMOS = ("docstrings", "digits")
+EXAMPLES = {"task": "name: glue/rte", "teacher": "model: PATH", "student": "layers: [1, 3]"}
 LISTS = ("losses", "tasks", "metrics", "projections")
+
+
+@app.callback(help=ABOUT)
+def show_help(context: typer.Context) -> None:
+    """Show the help where no command is named."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 class Interrupted(Exception):  # noqa: N818  (no error: the user wanted it)
@@ -168,7 +178,11 @@ def _recipe(
 
     data = read_yaml(path) if path is not None else {}
     for key, part in (parts or {}).items():
-        data[key] = {**data.get(key, {}), **part}
+        given = data.get(key) or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"{key!r} in the recipe is {given!r}; write keys of its own, such as {EXAMPLES[key]}")
+        replaces = key == "student" and part  # layers or a model: one takes the other's place
+        data[key] = part if replaces else {**given, **part}
     return Recipe.parse(data, [*([f"seeds={seeds}"] if seeds else []), *(changes or [])])
 
 

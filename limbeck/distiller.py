@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from limbeck.batch import (
 from limbeck.projectors import Projector, build_projector
 from limbeck.reduce import blank, masked_mean
 from limbeck.registry import nearest
+from limbeck.stopwatch import Stopwatch
 from limbeck.taps import Read, Recorder, Tap, read_output, resolve
 from limbeck.teachers import ModuleInputs, ModuleTeacher, Teacher, TeacherLike, as_teacher, record
 from limbeck.terms import Term
@@ -101,7 +101,7 @@ class Distiller(nn.Module):
             {_key(t): build_projector(t.project) for t in terms if t.project is not None}
         )
         self.wants = tuple(dict.fromkeys(t.teacher_tap for t in terms if not t.reads_labels))
-        self.teacher_seconds = 0.0
+        self.teacher_watch = Stopwatch()
         self._losses = {t.name: t.bound() for t in terms}
         self.read = read
         self._call = ModuleInputs(student)
@@ -180,6 +180,11 @@ class Distiller(nn.Module):
         self._checked = True
         return plan
 
+    @property
+    def teacher_seconds(self) -> float:
+        """Time that the teacher's forward passes took since the last preflight."""
+        return self.teacher_watch.seconds
+
     @contextmanager
     def _looking(self) -> Iterator[None]:
         """Run models without training them: eval mode, no gradient, not compiled; all is put back afterwards."""
@@ -191,7 +196,7 @@ class Distiller(nn.Module):
         finally:
             for module, training in modes.items():
                 module.training = training
-            self.teacher_seconds = 0.0
+            self.teacher_watch = Stopwatch()
 
     def compile_student(self, **options: Any) -> None:
         """Compile the student in place with `torch.compile`; its taps go on working and `export` undoes it."""
@@ -207,10 +212,8 @@ class Distiller(nn.Module):
     def _teach(self, batch: Batch) -> Signal:
         if self.teacher is None or not self.wants:
             return Signal({})
-        start = time.perf_counter()
-        signal = self.teacher.signal(batch, self.wants)
-        self.teacher_seconds += time.perf_counter() - start
-        return signal
+        with self.teacher_watch:
+            return self.teacher.signal(batch, self.wants)
 
     def _value(
         self,

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from limbeck.batch import to_device
-from limbeck.metrics import Array, Metric
+from limbeck.metrics import Array, Metric, get_metric
 from limbeck.report.report import Comparison, Interval
 from limbeck.teachers import ModuleInputs
 from limbeck.train import Examples
 from limbeck.types import Batch
+
+Judge = Callable[[NDArray[np.int64]], float]
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -49,11 +51,14 @@ class Bootstrap:
     """
 
     def __init__(self, labels: Array, metric: Metric, seeds: int = 1, resamples: int = RESAMPLES) -> None:
-        generator = np.random.default_rng(0)
         self.labels = labels
         self.metric = metric
-        self.examples = generator.integers(0, len(labels), (resamples, len(labels)))
-        self.seeds = generator.integers(0, seeds, (resamples, seeds))
+        self.resamples = resamples
+        self.seeds = np.random.default_rng(0).integers(0, seeds, (resamples, seeds))
+
+    def examples(self, resample: int) -> NDArray[np.int64]:
+        """The examples of one resample, (N,); drawn anew each time, since all of them would fill the memory."""
+        return np.random.default_rng((1, resample)).integers(0, len(self.labels), len(self.labels))
 
     def scores(self, logits: Sequence[Array]) -> Array:
         """The score of a model in each resample, (R + 1,), the first on the data as it is.
@@ -61,13 +66,41 @@ class Bootstrap:
         Args:
             logits: Predictions (N, C), one array for each seed; a single array stands for all seeds.
         """
+        judges = [self._judge(self.metric.decide(each)) for each in logits]
+        whole = np.mean([judge(np.arange(len(self.labels))) for judge in judges])
+        return np.array([whole, *(self._mean(judges, r) for r in range(self.resamples))])
 
-        def mean(resample: int, examples: NDArray[np.int64]) -> float:
-            seeds = self.seeds[resample] if len(logits) > 1 else (0,)
-            return float(np.mean([self.metric(logits[s][examples], self.labels[examples]) for s in seeds]))
+    def _mean(self, judges: Sequence[Judge], resample: int) -> float:
+        """The mean over the seeds of one resample."""
+        chosen = self.examples(resample)
+        seeds = self.seeds[resample] if len(judges) > 1 else [0]
+        values = {seed: judges[seed](chosen) for seed in set(seeds)}
+        return float(np.mean([values[seed] for seed in seeds]))
 
-        whole = np.mean([self.metric(each, self.labels) for each in logits])
-        return np.array([whole, *(mean(r, chosen) for r, chosen in enumerate(self.examples))])
+    def _judge(self, predicted: Array) -> Judge:
+        """The score as a function of the chosen examples.
+
+        A score of classes depends on how often each pair of label and prediction occurs and on nothing else, so it
+        is computed on these few pairs with their counts as weights.
+        """
+        score, labels = self.metric.score, self.labels
+        if self.metric.numbers:
+            return lambda chosen: score(predicted[chosen], labels[chosen], None)
+        pairs, number = np.unique(np.stack([labels, predicted]), axis=1, return_inverse=True)
+        number = number.reshape(-1)
+
+        def judge(chosen: NDArray[np.int64]) -> float:
+            counts = np.bincount(number[chosen], minlength=pairs.shape[1])
+            there = counts > 0
+            return score(pairs[1][there], pairs[0][there], counts[there])
+
+        return judge
+
+    def against(self, labels: Array, metric: Metric) -> Bootstrap:
+        """The same resamples, judged by another metric against other labels."""
+        other = Bootstrap(labels, metric, resamples=self.resamples)
+        other.seeds = self.seeds
+        return other
 
     @staticmethod
     def interval(values: Array) -> Interval:
@@ -79,42 +112,36 @@ class Bootstrap:
 
 def compare(
     bootstrap: Bootstrap,
-    teacher: Sequence[Array],
-    baseline: Sequence[Array],
-    student: Sequence[Array],
+    logits: Mapping[str, Sequence[Array]],
+    scores: Mapping[str, Array],
 ) -> Comparison:
     """Say how a student stands to its teacher and to its plainly trained twin.
 
     Args:
         bootstrap: The resamples.
-        teacher: Predictions of the teacher, one array.
-        baseline: Predictions of the baseline, one array for each seed.
-        student: Predictions of the student, one array for each seed.
+        logits: Predictions of ``"teacher"``, ``"baseline"`` and ``"student"``, one array for each seed.
+        scores: What `Bootstrap.scores` made of them.
 
     Returns:
         Differences and ratios with paired 95 % intervals. In metrics where lower is better, gain and gap count
         improvements as positive.
     """
     sign = 1.0 if bootstrap.metric.higher_is_better else -1.0
-    scores = {role: bootstrap.scores(p) for role, p in _roles(teacher, baseline, student)}
     gain = sign * (scores["student"] - scores["baseline"])
     gap = sign * (scores["teacher"] - scores["baseline"])
     ratio, note = _distillation_ratio(bootstrap, gain, gap)
     with np.errstate(divide="ignore", invalid="ignore"):
         retention = np.nan_to_num(scores["student"] / scores["teacher"], nan=0.0, posinf=0.0, neginf=0.0)
+    teacher = logits["teacher"][0]
     return Comparison(
         gain=bootstrap.interval(gain),
         gap=bootstrap.interval(gap),
         ratio=ratio,
         ratio_note=note,
         retention=bootstrap.interval(retention),
-        agreement=agreement(bootstrap, teacher[0], student),
-        baseline_agreement=agreement(bootstrap, teacher[0], baseline),
+        agreement=agreement(bootstrap, teacher, logits["student"]),
+        baseline_agreement=agreement(bootstrap, teacher, logits["baseline"]),
     )
-
-
-def _roles(teacher: Any, baseline: Any, student: Any) -> list[tuple[str, Sequence[Array]]]:
-    return [("teacher", teacher), ("baseline", baseline), ("student", student)]
 
 
 def _distillation_ratio(bootstrap: Bootstrap, gain: Array, gap: Array) -> tuple[Interval | None, str]:
@@ -137,23 +164,13 @@ def agreement(bootstrap: Bootstrap, teacher: Array, student: Sequence[Array]) ->
     """How often student and teacher decide alike; for numbers, how they correlate (Pearson).
 
     Args:
-        bootstrap: The resamples.
+        bootstrap: The resamples, whose examples and seeds are used; its labels are not.
         teacher: Predictions (N, C), or (N, 1) for numbers.
         student: The student's, one array for each seed.
     """
-    if teacher.shape[1] > 1:
-        alike = np.mean([teacher.argmax(1) == each.argmax(1) for each in student], axis=0)
-        values = np.array([alike.mean(), *alike[bootstrap.examples].mean(axis=1)])
-        return bootstrap.interval(values)
-    flat = teacher[:, 0]
-
-    def correlation(chosen: Any) -> float:
-        with np.errstate(invalid="ignore"):
-            pairs = [np.corrcoef(flat[chosen], each[chosen, 0])[0, 1] for each in student]
-        return float(np.nan_to_num(np.mean(pairs)))
-
-    everything = slice(None)
-    return bootstrap.interval(np.array([correlation(c) for c in (everything, *bootstrap.examples)]))
+    metric = get_metric("pearson" if teacher.shape[1] == 1 else "accuracy")
+    decided = metric.decide(teacher)
+    return bootstrap.interval(bootstrap.against(decided, metric).scores(student))
 
 
 def measure_speed(
@@ -208,9 +225,9 @@ def _time(call: Callable[[Batch], Any], batch: Batch) -> float:
 
 
 def _wait() -> None:
-    """Wait for the GPU: its work is only queued when a call returns."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Wait for an accelerator: its work is only queued when a call returns."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def _quartiles(values: list[float]) -> Interval:

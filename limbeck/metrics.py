@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from limbeck.registry import nearest
 
 Array = NDArray[np.float64]
+Score = Callable[[Any, Any, Any], float]
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Metric:
 
     Attributes:
         name: Its name in reports and recipes.
-        function: ``(logits (N, C), labels (N,)) -> float``.
+        score: ``(predictions (N,), labels (N,), weights (N,) or None) -> float``; predictions are classes, or
+            numbers where `numbers` says so. Numbers take no weights.
         higher_is_better: The direction in which a model improves.
         numbers: Whether it judges numbers and not classes.
         classes: The number of classes it needs; 0 for any.
@@ -35,14 +38,18 @@ class Metric:
     """
 
     name: str
-    function: Callable[[Array, Array], float]
+    score: Score
     higher_is_better: bool = True
     numbers: bool = False
     classes: int = 0
 
     def __call__(self, logits: Array, labels: Array) -> float:
         """Score predictions (N, C) against labels (N,)."""
-        return float(self.function(logits, labels))
+        return float(self.score(self.decide(logits), labels, None))
+
+    def decide(self, logits: Array) -> Array:
+        """What a model decides: the class with the largest logit, or the number itself; (N, C) to (N,)."""
+        return logits.reshape(len(logits)) if self.numbers else np.asarray(np.argmax(logits, axis=-1))
 
     def better(self, score: float, than: float | None) -> bool:
         """Whether a score beats another; anything beats None."""
@@ -51,46 +58,38 @@ class Metric:
         return score > than if self.higher_is_better else score < than
 
 
-def _classes(logits: Array) -> NDArray[np.intp]:
-    return np.asarray(np.argmax(logits, axis=-1))
+def _accuracy(predicted: Array, labels: Array, weights: Array | None) -> float:
+    return float(np.average(predicted == labels, weights=weights))
 
 
-def _numbers(logits: Array) -> Array:
-    return logits.reshape(len(logits))
-
-
-def _accuracy(logits: Array, labels: Array) -> float:
-    return float(np.mean(_classes(logits) == labels))
-
-
-def _f1(logits: Array, labels: Array) -> float:
+def _f1(predicted: Array, labels: Array, weights: Array | None) -> float:
     from sklearn.metrics import f1_score
 
-    return float(f1_score(labels, _classes(logits), zero_division=0.0))
+    return float(f1_score(labels, predicted, sample_weight=weights, zero_division=0.0))
 
 
-def _macro_f1(logits: Array, labels: Array) -> float:
+def _macro_f1(predicted: Array, labels: Array, weights: Array | None) -> float:
     from sklearn.metrics import f1_score
 
-    return float(f1_score(labels, _classes(logits), average="macro", zero_division=0.0))
+    return float(f1_score(labels, predicted, average="macro", sample_weight=weights, zero_division=0.0))
 
 
-def _matthews(logits: Array, labels: Array) -> float:
+def _matthews(predicted: Array, labels: Array, weights: Array | None) -> float:
     from sklearn.metrics import matthews_corrcoef
 
-    return float(matthews_corrcoef(labels, _classes(logits)))
+    return float(matthews_corrcoef(labels, predicted, sample_weight=weights))
 
 
-def _pearson(logits: Array, labels: Array) -> float:
+def _pearson(predicted: Array, labels: Array, weights: None) -> float:
     from scipy.stats import pearsonr
 
-    return _correlation(pearsonr, _numbers(logits), labels)
+    return _correlation(pearsonr, predicted, labels)
 
 
-def _spearman(logits: Array, labels: Array) -> float:
+def _spearman(predicted: Array, labels: Array, weights: None) -> float:
     from scipy.stats import spearmanr
 
-    return _correlation(spearmanr, _numbers(logits), labels)
+    return _correlation(spearmanr, predicted, labels)
 
 
 def _correlation(function: Callable[..., tuple[float, float]], x: Array, y: Array) -> float:
@@ -100,12 +99,12 @@ def _correlation(function: Callable[..., tuple[float, float]], x: Array, y: Arra
     return float(function(x, y)[0])
 
 
-def _mean_squared_error(logits: Array, labels: Array) -> float:
-    return float(np.mean((_numbers(logits) - labels) ** 2))
+def _mean_squared_error(predicted: Array, labels: Array, weights: None) -> float:
+    return float(np.mean((predicted - labels) ** 2))
 
 
-def _mean(*functions: Callable[[Array, Array], float]) -> Callable[[Array, Array], float]:
-    return lambda logits, labels: float(np.mean([f(logits, labels) for f in functions]))
+def _mean(*scores: Score) -> Score:
+    return lambda predicted, labels, weights: float(np.mean([s(predicted, labels, weights) for s in scores]))
 
 
 METRICS: dict[str, Metric] = {

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from torch import nn
 from limbeck.recipe import Depths, Recipe, StudentSpec
 from limbeck.registry import check_options, import_object
 from limbeck.students.depth import count_layers, find_layers, take_layers
-from limbeck.tasks import TRAIN, Loaded, Task
+from limbeck.tasks import Loaded, Task
 from limbeck.tasks.text import quiet_transformers
 from limbeck.train.checkpoint import load_weights, save_weights
 
 STORE = Path("~/.cache/limbeck")
 MADE_BY = "made-by.json"
-MODULE = "model.safetensors"
+WEIGHTS = "weights.safetensors"
 FORMAT = 1
 
 
@@ -66,11 +67,16 @@ def make_student(spec: StudentSpec, task: Task, teacher: Loaded, seed: int) -> n
         return student
     assert spec.model is not None
     loaded = load_model(task, spec.model, spec.options, seed, teacher.processor)
-    if loaded.processor is not None and loaded.processor.get_vocab() != teacher.processor.get_vocab():
+    if _vocabulary(loaded.processor) != _vocabulary(teacher.processor):
         raise ValueError(
             f"the student {spec.model} reads other tokens than the teacher; take a student with its tokenizer"
         )
     return loaded.model
+
+
+def _vocabulary(processor: Any) -> dict[str, int]:
+    """A tokenizer's tokens by number; none where inputs need no tokenizer."""
+    return {} if processor is None else dict(processor.get_vocab())
 
 
 def find_depths(student: nn.Module, teacher: nn.Module, path: str | None) -> Depths | None:
@@ -105,7 +111,8 @@ class TeacherStore:
             "training": recipe.teacher.training.model_dump(mode="json"),
             "task": task.name,
             "labels": list(task.labels),
-            "data": task.splits[TRAIN].fingerprint(),
+            "metric": task.metrics[0],
+            "data": {name: rows.fingerprint() for name, rows in task.splits.items()},
             "max_length": recipe.task.max_length,
         }
         key = hashlib.sha256(json.dumps(self.made_by, sort_keys=True).encode()).hexdigest()
@@ -116,40 +123,56 @@ class TeacherStore:
         return (self.folder / MADE_BY).is_file()
 
     def load(self, task: Task) -> Loaded:
-        """Load this teacher; a module that is none of transformers' is made first and then gets its weights."""
-        if (self.folder / "config.json").is_file():
+        """Load this teacher; what a function makes is made first and then gets its weights."""
+        if not is_function(self.source.model):
             return task.load(self.folder)
         made = load_model(task, self.source.model, self.source.options, seed=0)
-        load_weights(made.model, self.folder / MODULE)
+        load_weights(made.model, self.folder / WEIGHTS)
         return made
 
     def keep(self, model: nn.Module, processor: Any) -> None:
         """Save a teacher; a folder of that name is always whole."""
-        partial = self.folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=".partial-"))
         save_model(model, processor, partial)
+        if is_function(self.source.model):
+            save_weights(model, partial / WEIGHTS)
         (partial / MADE_BY).write_text(json.dumps(self.made_by, indent=2))
         shutil.rmtree(self.folder, ignore_errors=True)
         partial.rename(self.folder)
 
-    def forget(self) -> None:
-        """Drop this teacher, to make it anew."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
 
 def fingerprint(source: str) -> str:
-    """A hash of a model folder's files; a hub id or a function stands for itself."""
+    """A hash of what makes a model: a folder's files, or the source of a function's module.
+
+    A hub id stands for itself, with the commit that the cache has of it where there is one.
+    """
     folder = Path(source)
+    if is_function(source):
+        module = inspect.getmodule(import_object(source))
+        return hashlib.sha256(inspect.getsource(module).encode() if module else b"").hexdigest()
     if not folder.is_dir():
-        return source
+        return f"{source}@{_cached_commit(source)}"
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".json", ".txt") and path.is_file():
+        if path.suffix in (".safetensors", ".json", ".txt", ".model") and path.is_file():
             digest.update(path.name.encode())
             with path.open("rb") as file:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
     return digest.hexdigest()
+
+
+def _cached_commit(repository: str) -> str:
+    """The commit of a hub model in the local cache; empty where it was never fetched, or is no hub id."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(repository, "config.json")
+    except HFValidationError:
+        return ""
+    return Path(config).parent.name if isinstance(config, str) else ""
 
 
 def save_model(model: nn.Module, processor: Any, folder: Path) -> None:
@@ -161,6 +184,6 @@ def save_model(model: nn.Module, processor: Any, folder: Path) -> None:
         with quiet_transformers():
             model.save_pretrained(folder)
     else:
-        save_weights(model, folder / MODULE)
+        save_weights(model, folder / "model.safetensors")
     if processor is not None:
         processor.save_pretrained(folder)

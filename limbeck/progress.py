@@ -28,7 +28,7 @@ class Bar(Callback):
 
     def on_start(self, state: State) -> None:
         """Set the bar to where the training goes on."""
-        self.progress.update(self.bar, total=state.total_steps, completed=state.step)
+        self.progress.update(self.bar, total=state.total_steps, completed=state.step, visible=True)
 
     def on_step(self, state: State) -> None:
         """Move on by one step."""
@@ -86,8 +86,8 @@ class ConsoleObserver(Observer):
             self.console.print("Measuring scores, intervals and speed ...")
 
     def callbacks(self, stage: str) -> list[Callback]:
-        """A bar for the stage."""
-        return [Bar(self.progress, self.progress.add_task(stage, total=1, note=""))]
+        """A bar for the stage, drawn when its training starts: a stage that is done needs none."""
+        return [Bar(self.progress, self.progress.add_task(stage, total=1, note="", visible=False))]
 
 
 def _term_table(plan: Plan) -> Table:

@@ -33,6 +33,17 @@ class TeacherSpec(BaseModel):
     )
     training: Settings = Field(default_factory=Settings)
 
+    @model_validator(mode="after")
+    def _options_have_a_taker(self) -> TeacherSpec:
+        _refuse_options(self.model, self.options)
+        return self
+
+
+def _refuse_options(model: str | None, options: Mapping[str, Any]) -> None:
+    """Options are for functions; a folder or hub id takes none."""
+    if options and (model is None or ":" not in model):
+        raise ValueError(f"options {sorted(options)} are for a package.module:function; drop them")
+
 
 class StudentSpec(BaseModel):
     """The ``student:`` part: some of the teacher's layers, or another model."""
@@ -48,6 +59,9 @@ class StudentSpec(BaseModel):
     def _one_source(self) -> StudentSpec:
         if (self.layers is None) == (self.model is None):
             raise ValueError("the student needs either layers=[...] of the teacher or a model of its own")
+        if self.path is not None and self.layers is None:
+            raise ValueError("path says where the teacher keeps its layers; give layers too, or drop it")
+        _refuse_options(self.model, self.options)
         return self
 
     @classmethod
@@ -78,7 +92,17 @@ class TermSpec(BaseModel):
     weight: float = 1.0
     project: str | dict[str, Any] | None = None
     mask: str | None = None
-    map: str | tuple[tuple[int, int], ...] = Field("uniform", description="which layers teach which")
+    map: str | tuple[tuple[int, int], ...] | None = Field(
+        None, description="which layers teach which, with tap: layers; by default uniform"
+    )
+
+    @model_validator(mode="after")
+    def _either_one_tap_or_all_layers(self) -> TermSpec:
+        if self.tap == LAYERS and self.teacher_tap is not None:
+            raise ValueError("tap: layers reads the layers of both models; drop teacher_tap")
+        if self.tap != LAYERS and self.map is not None:
+            raise ValueError("map is for tap: layers; drop it, or set tap: layers")
+        return self
 
     def build(self, name: str, depths: Depths | None) -> list[Term]:
         """Make the term, or one for each pair of layers.
@@ -98,7 +122,7 @@ class TermSpec(BaseModel):
                 return [Term(self.tap, self.teacher_tap, name=name, weight=self.weight, **arguments)]
             if depths is None:
                 raise ValueError("both models need a list of layers; name the taps instead of 'layers'")
-            pairs = layer_pairs(self.map, depths.student, depths.teacher)
+            pairs = layer_pairs(self.map or "uniform", depths.student, depths.teacher)
             taps = depths.student_path + ".{}", depths.teacher_path + ".{}"
             return spread(*taps, pairs, name=name, weight=self.weight, **arguments)
         except (TypeError, ValueError) as error:
@@ -208,7 +232,18 @@ def plain_terms(terms: Iterable[Term], regression: bool) -> list[Term]:
     own = next((t for t in terms if t.reads_labels), None)
     if own is None:
         return [Term("labels", loss=loss, name="labels")]
-    return [Term("labels", loss=own.loss_name, name=own.name, **own.options)]
+    return [Term("labels", loss=own.loss, name=own.name, mask=own.mask, **own.options)]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """The safe loader, which also refuses a key that stands twice; plain YAML keeps the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep) for key, _ in node.value]
+        twice = next((k for k in keys if keys.count(k) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"the key {twice!r} stands twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -220,7 +255,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no recipe {path}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -272,7 +307,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     if problem["type"] == "missing":
         return f"the recipe lacks {'.'.join(place)!r}; add it"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(place) or 'the recipe'}: {message} (got {problem['input']!r})"
+    given = problem["input"]
+    shown = "" if isinstance(given, (dict, BaseModel)) else f" (got {given!r})"
+    return f"{'.'.join(place) or 'the recipe'}: {message}{shown}"
 
 
 def _fields_at(model: type[BaseModel], place: Sequence[str]) -> list[str]:

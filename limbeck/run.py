@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
+import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import yaml
 from torch import nn
 
-import limbeck
 from limbeck.distiller import Distiller, PlannedTerm
-from limbeck.evaluate import Bootstrap, compare, count_parameters, measure_speed, size_in_bytes
-from limbeck.metrics import get_metric
-from limbeck.models import TeacherStore, find_depths, load_model, make_student, save_model
+from limbeck.evaluate import count_parameters
+from limbeck.models import TeacherStore, find_depths, fingerprint, load_model, make_student, save_model
 from limbeck.recipe import Recipe, plain_terms
 from limbeck.report import Report, write_report
-from limbeck.report.report import Curve, Interval, ModelResult
 from limbeck.stage import Stage, StageResult
+from limbeck.summary import Summary
 from limbeck.tasks import TRAIN, VALIDATION, Loaded, Task, is_regression, make_task
 from limbeck.terms import Term
 from limbeck.train import Callback, Examples, Settings, read_log
 from limbeck.train.data import ExampleBatches
+from limbeck.types import Batch
 
-RECIPE = "recipe.yaml"
-LOG = "log.jsonl"
+RECIPE, LOG, MADE_BY, REPORT = "recipe.yaml", "log.jsonl", "made-by.json", "report.json"
+OWN = (RECIPE, LOG, MADE_BY, REPORT, "report.html", "README.md", "student", "checkpoints")
+"""All that a run writes into its folder, and all that overwriting deletes of it."""
+
 HOLDOUT = "holdout"
 THROUGHPUT_BATCH = 32
 
@@ -85,8 +82,8 @@ def distill(
     Args:
         recipe: A Recipe, its content as a mapping, or the path of its YAML file.
         out: The folder for everything; by default ``runs/`` and the task's name. If it holds the same run,
-            unfinished, that one goes on.
-        overwrite: Delete what is in the folder and start anew.
+                unfinished, that one goes on; if it holds it finished, its report is returned.
+        overwrite: Delete the run that is in the folder and start anew.
         retrain: Fine-tune the teacher even if it is in the store.
         observer: What watches.
         command: What was typed, for the report.
@@ -116,8 +113,7 @@ def distill(
     recipe = recipe.resolved(is_regression(task))
     folder = Path(out) if out is not None else default_folder(recipe)
     run = Run(recipe, task, folder, observer or Observer(), command)
-    run.open_folder(overwrite)
-    return run.execute(retrain)
+    return run.execute(overwrite, retrain)
 
 
 def as_recipe(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -152,273 +148,191 @@ class Run:
         self.regression = is_regression(task)
         self.data: dict[str, Examples] = {}
         self.seeds = list(range(recipe.training.seed, recipe.training.seed + recipe.seeds))
+        self.device = _one_device()
+        self.made_by = {
+            "recipe": recipe.model_dump(mode="json"),
+            "data": {name: rows.fingerprint() for name, rows in task.splits.items()},
+            "teacher": fingerprint(recipe.teacher.model),
+            "student": recipe.student.model and fingerprint(recipe.student.model),
+        }
 
-    def open_folder(self, overwrite: bool) -> None:
-        """Make the folder, or go on in it if it holds this very run.
-
-        Raises:
-            ValueError: it holds something else.
-        """
-        if overwrite:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        kept = self.folder / RECIPE
-        if kept.is_file():
-            difference = first_difference(yaml.safe_load(kept.read_text()), self.recipe.model_dump(mode="json"))
-            if difference:
-                raise ValueError(
-                    f"{self.folder} holds another run ({difference}); choose another --out, or pass --overwrite"
-                )
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} holds other files; choose an empty folder with --out")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(self.recipe.to_yaml())
-
-    def execute(self, retrain: bool = False) -> Report:
+    def execute(self, overwrite: bool = False, retrain: bool = False) -> Report:
         """The run, from top to bottom."""
         recipe = self.recipe
+        self.check_folder(overwrite, retrain)
+        if not overwrite and (self.folder / REPORT).is_file():
+            return Report.load(self.folder)
         store = TeacherStore(recipe, self.task)
-        if retrain:
-            store.forget()
-        teacher, tuned = self.load_teacher(store)
+        teacher, tuned = self.load_teacher(store, retrain)
         self.data = {name: self.task.encode(rows, teacher.processor) for name, rows in self.task.splits.items()}
+        trained = [p for p in teacher.model.parameters() if p.requires_grad]  # before the plan freezes them
         plan = self.preflight(teacher, tuned)
+        self.open_folder(overwrite)
         self.observer.on_plan(plan)
 
-        teacher, teacher_result = self.finetune(teacher, tuned, store)
-        students, baselines = [], []
-        student_model: nn.Module | None = None
-        baseline_model: nn.Module | None = None
+        teacher, teacher_result = self.finetune(teacher, tuned, trained, store)
+        models: dict[str, nn.Module] = {"teacher": teacher.model}
+        results: dict[str, list[StageResult]] = {"teacher": [teacher_result]}
         for seed in self.seeds:
-            if recipe.baseline:
-                twin, result = self.train(f"baseline-{seed}", teacher, seed, distil=False)
-                baseline_model = baseline_model or twin
-                baselines.append(result)
-            model, result = self.train(f"student-{seed}", teacher, seed, distil=True)
-            student_model = student_model or model
-            students.append(result)
+            for role in ("baseline", "student") if recipe.baseline else ("student",):
+                model, result = self.train(role, seed, teacher)
+                models.setdefault(role, model)
+                results.setdefault(role, []).append(result)
 
-        assert student_model is not None
-        models = {"teacher": teacher.model, "baseline": baseline_model, "student": student_model}
-        results = {"teacher": [teacher_result], "baseline": baselines, "student": students}
-        report = self.report({r: m for r, m in models.items() if m is not None}, results, plan)
-        save_model(student_model.cpu(), teacher.processor, self.folder / "student")
+        self.observer.on_stage("evaluation")
+        summary = Summary(recipe, self.task, self.data, self.device)
+        log = read_log(self.folder / LOG)
+        report = summary.report(models, results, plan.terms, log, self.command)
+        save_model(models["student"].cpu(), teacher.processor, self.folder / "student")
         write_report(report, self.folder)
         return report
 
-    def load_teacher(self, store: TeacherStore) -> tuple[Loaded, bool]:
+    def check_folder(self, overwrite: bool, retrain: bool) -> None:
+        """Refuse a folder that holds anything but this run; change nothing.
+
+        Raises:
+            ValueError: it holds another run, other files, or a teacher that `retrain` would contradict.
+        """
+        kept = self.folder / MADE_BY
+        if not kept.is_file():
+            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+                raise ValueError(
+                    f"{self.folder} holds no run of limbeck; choose another or empty folder with --out"
+                )
+            return
+        if overwrite:
+            return
+        difference = first_difference(json.loads(kept.read_text()), self.made_by)
+        if difference:
+            raise ValueError(
+                f"{self.folder} holds another run ({difference}); choose another --out, or pass --overwrite"
+            )
+        if retrain and self.stage_folder("teacher").exists():
+            raise ValueError(f"{self.folder} holds a run with its teacher; to make it anew, pass --overwrite too")
+
+    def open_folder(self, overwrite: bool) -> None:
+        """Make the folder; with `overwrite`, delete of it what a run writes, and nothing else."""
+        if overwrite:
+            for name in OWN:
+                path = self.folder / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / RECIPE).write_text(self.recipe.to_yaml())
+        (self.folder / MADE_BY).write_text(json.dumps(self.made_by, indent=2))
+
+    def load_teacher(self, store: TeacherStore, retrain: bool) -> tuple[Loaded, bool]:
         """Load the teacher, and say whether it is ready or has to be fine-tuned."""
         spec = self.recipe.teacher
-        if spec.finetune != "never" and store.holds():
+        if spec.finetune != "never" and store.holds() and not retrain:
             return store.load(self.task), True
         loaded = load_model(self.task, spec.model, spec.options, spec.training.seed)
         ready = spec.finetune == "never" or (spec.finetune == "auto" and loaded.head_is_trained)
         return loaded, ready
 
     def preflight(self, teacher: Loaded, tuned: bool) -> Plan:
-        """Check models, taps, shapes and terms before anything is trained."""
+        """Check models, taps, shapes, terms and optimizers before anything is trained."""
         recipe = self.recipe
         student = make_student(recipe.student, self.task, teacher, recipe.training.seed)
         distiller = Distiller(student, teacher.model, self.terms(student, teacher.model))
-        batches = ExampleBatches(self.data[TRAIN], recipe.training)
-        steps = {"student": recipe.training.total_steps(len(batches))}
+        terms = distiller.preflight(longest(self.data[TRAIN]))
+        recipe.training.build_optimizer(student, distiller.projections)
+        steps = {"student": self.steps(recipe.training)}
         if not tuned:
-            training = recipe.teacher.training
-            steps["teacher"] = training.total_steps(len(ExampleBatches(self.data[TRAIN], training)))
+            recipe.teacher.training.build_optimizer(student, nn.ModuleList())
+            steps["teacher"] = self.steps(recipe.teacher.training)
         return Plan(
             task=self.task.name,
             examples={name: len(rows) for name, rows in self.task.splits.items()},
-            terms=distiller.preflight(batches.sample()),
+            terms=terms,
             parameters={"teacher": count_parameters(teacher.model), "student": count_parameters(student)},
             steps=steps,
             teacher="ready" if tuned else "to be fine-tuned on the task first",
         )
 
+    def steps(self, settings: Settings) -> int:
+        """The number of updates of a training."""
+        return settings.total_steps(len(ExampleBatches(self.data[TRAIN], settings)))
+
     def terms(self, student: nn.Module, teacher: nn.Module) -> list[Term]:
         """The terms of the recipe for these two models."""
         return self.recipe.build_terms(find_depths(student, teacher, self.recipe.student.path), self.regression)
 
-    def finetune(self, teacher: Loaded, tuned: bool, store: TeacherStore) -> tuple[Loaded, StageResult]:
-        """Fine-tune the teacher if that is needed, and keep it; predict with it."""
+    def finetune(
+        self, teacher: Loaded, tuned: bool, trained: list[nn.Parameter], store: TeacherStore
+    ) -> tuple[Loaded, StageResult]:
+        """Fine-tune the teacher if that is needed, and keep it; predict with it.
+
+        A teacher that this very run fine-tuned before is taken from there, with what its training cost.
+        """
         stage = self.stage("teacher")
-        if tuned:
+        if tuned and not stage.is_done():
             return teacher, StageResult(None, stage.predict(teacher.model))
-        model = teacher.model.requires_grad_(True)
-        distiller = Distiller(model, None, plain_terms((), self.regression))
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        distiller = Distiller(teacher.model, None, plain_terms((), self.regression))
         model, result = self._train(stage, distiller, self.recipe.teacher.training)
-        store.keep(model, teacher.processor)
+        if not tuned:
+            store.keep(model, teacher.processor)
         return Loaded(model, teacher.processor, head_is_trained=True), result
 
-    def train(self, name: str, teacher: Loaded, seed: int, distil: bool) -> tuple[nn.Module, StageResult]:
-        """Train a student, or its twin without distillation, from the same start."""
+    def train(self, role: str, seed: int, teacher: Loaded) -> tuple[nn.Module, StageResult]:
+        """Train a student, or as the baseline its twin without distillation, from the same start."""
         student = make_student(self.recipe.student, self.task, teacher, seed)
         terms = self.terms(student, teacher.model)
-        if distil:
-            distiller = Distiller(student, teacher.model, terms)
-        else:
-            distiller = Distiller(student, None, plain_terms(terms, self.regression))
-        return self._train(self.stage(name), distiller, self.recipe.training.model_copy(update={"seed": seed}))
+        distiller = (
+            Distiller(student, teacher.model, terms)
+            if role == "student"
+            else Distiller(student, None, plain_terms(terms, self.regression))
+        )
+        settings = self.recipe.training.model_copy(update={"seed": seed})
+        return self._train(self.stage(f"{role}-{seed}"), distiller, settings)
 
     def _train(self, stage: Stage, distiller: Distiller, settings: Settings) -> tuple[nn.Module, StageResult]:
         self.observer.on_stage(stage.name)
         return stage.run(distiller, settings, self.observer.callbacks(stage.name))
 
+    def stage_folder(self, name: str) -> Path:
+        """Where a stage keeps its checkpoints and its result."""
+        return self.folder / "checkpoints" / name
+
     def stage(self, name: str) -> Stage:
-        """Where a stage keeps its things."""
+        """One stage of this run."""
         return Stage(
             name=name,
-            folder=self.folder / "checkpoints" / name,
+            folder=self.stage_folder(name),
             log=self.folder / LOG,
             train=self.data[TRAIN],
             choose=self.data.get(HOLDOUT, self.data[VALIDATION]),
             evaluate={n: d for n, d in self.data.items() if n not in (TRAIN, HOLDOUT)},
             metric=self.task.metrics[0],
+            device=self.device,
         )
 
-    def report(
-        self, models: Mapping[str, nn.Module], results: Mapping[str, list[StageResult]], plan: Plan
-    ) -> Report:
-        """Put teacher, baseline and student side by side."""
-        self.observer.on_stage("evaluation")
-        metric = get_metric(self.task.metrics[0])
-        labels = np.asarray(self.task.splits[VALIDATION].labels)
-        bootstrap = Bootstrap(labels, metric, self.recipe.seeds)
-        logits = {role: [r.logits[VALIDATION] for r in results[role]] for role in models}
-        speed = self.speed(models)
-        columns = {
-            role: self.column(role, model, results[role], bootstrap, speed[role]) for role, model in models.items()
-        }
-        return Report(
-            task=self.task.name,
-            metric=metric.name,
-            higher_is_better=metric.higher_is_better,
-            examples=plan.examples,
-            teacher=columns["teacher"],
-            baseline=columns.get("baseline"),
-            student=columns["student"],
-            comparison=compare(bootstrap, **logits) if "baseline" in logits else None,
-            plan=[plan_row(p) for p in plan.terms],
-            curves=curves(read_log(self.folder / LOG), plan.terms),
-            seeds=self.seeds,
-            environment=environment(),
-            recipe=self.recipe.model_dump(mode="json"),
-            command=self.command,
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            regression=self.regression,
-            throughput_batch=self.throughput_batch(),
-            student_class=type(models["student"]).__name__,
+
+def longest(examples: Examples) -> Batch:
+    """The two longest examples, which need the most of a model; any two where all are equally long."""
+    lengths = examples.lengths or [0] * len(examples)
+    return examples.batch(sorted(range(len(examples)), key=lambda i: -lengths[i])[:2])
+
+
+def _one_device() -> torch.device:
+    """The device of a run.
+
+    Raises:
+        ValueError: several processes were started.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.num_processes > 1:
+        raise ValueError(
+            f"a run is one process, and {state.num_processes} were started; for several ranks call limbeck.fit"
         )
-
-    def column(
-        self,
-        role: str,
-        model: nn.Module,
-        results: list[StageResult],
-        bootstrap: Bootstrap,
-        speed: tuple[Interval, Interval],
-    ) -> ModelResult:
-        """One model's column of the report."""
-        fitted = [r.fitted for r in results if r.fitted is not None]
-        scores = bootstrap.scores([r.logits[VALIDATION] for r in results])
-        latency, batch = speed
-        return ModelResult(
-            role=role,
-            score=bootstrap.interval(scores),
-            metrics=self.metrics(results),
-            parameters=count_parameters(model),
-            size_bytes=size_in_bytes(model),
-            latency_ms=latency.map(lambda seconds: 1000 * seconds),
-            throughput=batch.map(lambda seconds: self.throughput_batch() / seconds),
-            training_seconds=mean(f.seconds for f in fitted),
-            teacher_seconds=mean(f.teacher_seconds for f in fitted),
-            scores_by_seed=[bootstrap.metric(r.logits[VALIDATION], bootstrap.labels) for r in results],
-        )
-
-    def metrics(self, results: list[StageResult]) -> dict[str, float]:
-        """All metrics on all evaluation splits, the mean over seeds."""
-        found = {}
-        for split in results[0].logits:
-            labels = np.asarray(self.task.splits[split].labels)
-            suffix = "" if split == VALIDATION else f" ({split.removeprefix('validation_')})"
-            for name in self.task.metrics:
-                metric = get_metric(name)
-                found[name + suffix] = mean(metric(r.logits[split], labels) for r in results)
-        return found
-
-    def speed(self, models: Mapping[str, nn.Module]) -> dict[str, tuple[Interval, Interval]]:
-        """Seconds for one example and for a batch, by role; the models take turns."""
-        data = self.data[VALIDATION]
-        one = measure_speed(models, data, batch_size=1, repeats=60)
-        many = measure_speed(models, data, batch_size=self.throughput_batch(), repeats=15)
-        return {role: (one[role], many[role]) for role in models}
-
-    def throughput_batch(self) -> int:
-        """The batch size that throughput is measured at."""
-        return min(THROUGHPUT_BATCH, len(self.data[VALIDATION]))
-
-
-def mean(values: Iterable[float]) -> float:
-    """The mean, 0 of nothing."""
-    found = list(values)
-    return sum(found) / len(found) if found else 0.0
-
-
-def plan_row(planned: PlannedTerm) -> dict[str, Any]:
-    """A term as a row of the report."""
-    term = planned.term
-    return {
-        "name": term.name,
-        "loss": term.loss_name,
-        "tap": term.tap,
-        "teacher_tap": term.teacher_tap,
-        "weight": term.weight,
-        "options": dict(term.options),
-        "projection": term.project,
-        "parameters": planned.parameters,
-        "student_shape": list(planned.student_shape),
-        "teacher_shape": list(planned.teacher_shape),
-    }
-
-
-def curves(log: list[dict[str, Any]], terms: Sequence[PlannedTerm]) -> list[Curve]:
-    """The log as curves, one for each training."""
-    weights = {p.term.name: p.term.weight for p in terms}
-    found = []
-    for stage in dict.fromkeys(line["stage"] for line in log):
-        role, _, seed = stage.partition("-")
-        steps = [line for line in log if line["stage"] == stage and "terms" in line]
-        scores = [line for line in log if line["stage"] == stage and "scores" in line]
-        names = list(dict.fromkeys(name for line in steps for name in line["terms"]))
-        own = weights if role == "student" else dict.fromkeys(names, 1.0)
-        found.append(
-            Curve(
-                role=role,
-                seed=int(seed or 0),
-                steps=[line["step"] for line in steps],
-                terms={name: [line["terms"][name] for line in steps] for name in names},
-                weights={name: own[name] for name in names},
-                learning_rate=[line["learning_rate"] for line in steps],
-                score_steps=[line["step"] for line in scores],
-                scores=[next(iter(line["scores"].values())) for line in scores],
-            )
-        )
-    return found
-
-
-def environment() -> dict[str, Any]:
-    """Where the numbers were measured."""
-    import transformers
-
-    cuda = torch.cuda.is_available()
-    return {
-        "limbeck": limbeck.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
+    device: torch.device = state.device
+    return device
 
 
 def first_difference(kept: Any, wanted: Any, place: str = "") -> str:

@@ -48,6 +48,7 @@ class Stage:
         choose: Examples to evaluate on during training, by which a model may be chosen.
         evaluate: Examples of each evaluation split.
         metric: The main metric.
+        device: Where models predict, whether they were trained now or before.
     """
 
     name: str
@@ -57,12 +58,17 @@ class Stage:
     choose: Examples
     evaluate: Mapping[str, Examples]
     metric: str
+    device: torch.device
+
+    def is_done(self) -> bool:
+        """Whether the stage has its result."""
+        return (self.folder / RESULT).is_file()
 
     def run(
         self, distiller: Distiller, settings: Settings, callbacks: Sequence[Callback] = ()
     ) -> tuple[nn.Module, StageResult]:
         """Train, or go on training, or load what was trained before."""
-        if (self.folder / RESULT).is_file():
+        if self.is_done():
             return self._load(distiller.student)
         self.folder.mkdir(parents=True, exist_ok=True)
         watchers = [JsonLog(self.log, self.name), *callbacks]
@@ -82,6 +88,7 @@ class Stage:
 
     def predict(self, model: nn.Module) -> dict[str, Array]:
         """Predictions of a model on every evaluation split."""
+        model.to(self.device)
         return {name: predict(model, examples).logits for name, examples in self.evaluate.items()}
 
     def _keep(self, model: nn.Module, result: StageResult) -> None:

@@ -77,7 +77,8 @@ def test_whole_run(limbeck, place, tmp_path):
     assert "baseline" in printed
     found = sorted(p.name for p in (tmp_path / "run").iterdir())
     assert found == [
-        *("README.md", "checkpoints", "log.jsonl", "recipe.yaml", "report.html", "report.json", "student"),
+        *("README.md", "checkpoints", "log.jsonl", "made-by.json", "recipe.yaml"),
+        *("report.html", "report.json", "student"),
     ]
     report = Report.load(tmp_path / "run")
     assert report.seeds == [0, 1]
@@ -155,6 +156,78 @@ def test_another_run_in_the_same_folder_is_refused(limbeck, place, tmp_path):
     )
 
 
+def test_a_finished_run_keeps_its_report(limbeck, place, tmp_path):
+    """Nothing is measured again, and the teacher's cost is not forgotten."""
+    limbeck(*main_job(place, tmp_path / "run"), "--set", f"store={tmp_path / 'store'}")
+    before = (tmp_path / "run" / "report.json").read_text()
+    limbeck(*main_job(place, tmp_path / "run"), "--set", f"store={tmp_path / 'store'}")
+    assert (tmp_path / "run" / "report.json").read_text() == before
+    (tmp_path / "run" / "report.json").unlink()  # as if it had been stopped before the report
+    limbeck(*main_job(place, tmp_path / "run"), "--set", f"store={tmp_path / 'store'}")
+    assert Report.load(tmp_path / "run").teacher.training_seconds > 0
+
+
+def test_changed_data_is_another_run(limbeck, place, tmp_path):
+    table = tiny.table()
+    table.to_csv(tmp_path / "data.csv", index=False)
+    command = main_job(place, tmp_path / "run", data=tmp_path / "data.csv")
+    limbeck(*command)
+    table["label"] = table["label"].map({"good": "bad", "bad": "good"})
+    table.to_csv(tmp_path / "data.csv", index=False)
+    failed(limbeck(*command), "holds another run (data.", "--overwrite")
+
+
+def test_overwrite_deletes_a_run_and_nothing_else(limbeck, place, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    failed(limbeck(*main_job(place, home), "--overwrite"), "holds no run of limbeck")
+    assert (home / "thesis.txt").is_file()
+    limbeck(*main_job(place, tmp_path / "run"))
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    report = (tmp_path / "run" / "report.json").read_text()
+    failed(limbeck(*main_job(place, tmp_path / "run", teacher="nowhere/at/all"), "--overwrite"), "cannot load")
+    assert (tmp_path / "run" / "report.json").read_text() == report
+    status, _ = limbeck(*main_job(place, tmp_path / "run"), "--overwrite")
+    assert status == 0
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "run" / "report.json").read_text() != report
+
+
+def test_a_failed_preflight_leaves_the_folder_free(limbeck, place, tmp_path):
+    failed(
+        limbeck(*main_job(place, tmp_path / "run"), "--set", "terms={kd: {loss: mse, tap: nowhere}}"), "nowhere"
+    )
+    status, printed = limbeck(*main_job(place, tmp_path / "run"))
+    assert status == 0, printed
+
+
+def test_retrain_in_the_folder_of_a_run_needs_overwrite(limbeck, place, tmp_path):
+    limbeck(*main_job(place, tmp_path / "run"), "--set", f"store={tmp_path / 'store'}")
+    command = [*main_job(place, tmp_path / "run"), "--set", f"store={tmp_path / 'store'}", "--retrain"]
+    failed(limbeck(*command), "pass --overwrite too")
+    assert len(list((tmp_path / "store" / "teachers").iterdir())) == 1
+    status, printed = limbeck(*command, "--overwrite")
+    assert status == 0, printed
+    assert "to be fine-tuned" in printed
+
+
+def test_an_option_replaces_the_recipes_student(limbeck, place, tmp_path):
+    limbeck(*main_job(place, tmp_path / "a"))
+    student = tiny.save_classifier(tmp_path / "small", ["bad", "good"], hidden_size=8)
+    result = limbeck("distill", tmp_path / "a" / "recipe.yaml", "--student", student, "--out", tmp_path / "b")
+    assert "both models need a list of layers" not in result[1]
+    (tmp_path / "flat.yaml").write_text("task: glue/rte")
+    failed(limbeck("distill", tmp_path / "flat.yaml"), "'task' in the recipe is 'glue/rte'", "name: glue/rte")
+
+
+def test_no_command_shows_help(limbeck):
+    status, printed = limbeck()
+    assert status == 0
+    assert "distill" in printed
+    assert "error" not in printed
+
+
 def test_report_command(limbeck, place, tmp_path):
     limbeck(*main_job(place, tmp_path / "run"))
     (tmp_path / "run" / "report.html").unlink()
@@ -215,6 +288,10 @@ def test_bad_options(limbeck, place, tmp_path, changes, fragments):
         ("task.metric=pearson", ["judges numbers", "2 classes", "accuracy"]),
         ("task.metric=acuracy", ["unknown metric 'acuracy'", "'accuracy'"]),
         ("noequals", ["has no value"]),
+        ("terms.kd.map=last", ["map is for tap: layers"]),
+        ("teacher.options={a: 1}", ["options ['a'] are for a package.module:function"]),
+        ("student.path=encoder", ["has no 'encoder'", "'bert.encoder.layer'"]),
+        ("training.optimizer_options={foo: 1}", ["foo"]),
     ],
 )
 def test_bad_recipe_values(limbeck, place, tmp_path, change, fragments):

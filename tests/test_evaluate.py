@@ -13,6 +13,11 @@ RNG = np.random.default_rng(5)
 LABELS = RNG.integers(0, 2, 400)
 
 
+def compared(bootstrap, teacher, baseline, student):
+    logits = {"teacher": [teacher], "baseline": [baseline], "student": [student]}
+    return compare(bootstrap, logits, {role: bootstrap.scores(each) for role, each in logits.items()})
+
+
 def answers(share, labels=LABELS, seed=0):
     """Logits that are right on a share of the examples."""
     generator = np.random.default_rng(seed)
@@ -39,7 +44,7 @@ def test_differences_are_paired():
     better = student.copy()
     wrong = np.flatnonzero(student.argmax(1) != LABELS)[:20]
     better[wrong] = np.eye(2)[LABELS[wrong]]
-    found = compare(Bootstrap(LABELS, METRICS["accuracy"]), [teacher], [student], [better])
+    found = compared(Bootstrap(LABELS, METRICS["accuracy"]), teacher, student, better)
     assert found.gain.value == pytest.approx(20 / 400)
     assert found.gain.low > 0.02
     assert found.ratio is not None
@@ -47,15 +52,11 @@ def test_differences_are_paired():
 
 
 def test_no_ratio_within_noise():
-    found = compare(
-        Bootstrap(LABELS, METRICS["accuracy"]),
-        [answers(0.8, seed=1)],
-        [answers(0.8, seed=2)],
-        [answers(0.8, seed=3)],
-    )
+    near = (answers(0.8, seed=s) for s in (1, 2, 3))
+    found = compared(Bootstrap(LABELS, METRICS["accuracy"]), *near)
     assert found.ratio is None
     assert "not defined" in found.ratio_note
-    worse = compare(Bootstrap(LABELS, METRICS["accuracy"]), [answers(0.5)], [answers(0.9)], [answers(0.9)])
+    worse = compared(Bootstrap(LABELS, METRICS["accuracy"]), answers(0.5), answers(0.9), answers(0.9))
     assert worse.ratio is None
     assert "better than the teacher" in worse.ratio_note
 
@@ -63,7 +64,7 @@ def test_no_ratio_within_noise():
 def test_lower_is_better_counts_improvement_as_gain():
     targets = RNG.normal(size=200)
     teacher, baseline, student = (targets[:, None] + RNG.normal(size=(200, 1)) * s for s in (0.1, 0.5, 0.2))
-    found = compare(Bootstrap(targets, METRICS["mse"]), [teacher], [baseline], [student])
+    found = compared(Bootstrap(targets, METRICS["mse"]), teacher, baseline, student)
     assert found.gain.value > 0
     assert found.gap.value > found.gain.value
     assert 0.5 < found.ratio.value < 1
@@ -148,3 +149,14 @@ def test_shared_parameters_count_once():
     model[1].weight = model[0].weight
     assert count_parameters(model) == 9
     assert size_in_bytes(model) == 36
+
+
+@pytest.mark.parametrize("name", ["accuracy", "f1", "macro_f1", "matthews", "accuracy_and_f1"])
+def test_counting_pairs_gives_the_score_of_the_resample(name):
+    """The quick way by pairs against the metric itself on the very examples of the resample."""
+    logits = answers(0.7)
+    bootstrap = Bootstrap(LABELS, METRICS[name], resamples=5)
+    scores = bootstrap.scores([logits])
+    for r in range(5):
+        chosen = bootstrap.examples(r)
+        assert scores[r + 1] == pytest.approx(METRICS[name](logits[chosen], LABELS[chosen]))

@@ -39,6 +39,12 @@ def test_what_is_wrong_is_named(change, message):
         Recipe.parse(BASE, [change])
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "r.yaml").write_text("seeds: 1\nseeds: 2\n")
+    with pytest.raises(ValueError, match="the key 'seeds' stands twice"):
+        Recipe.load(tmp_path / "r.yaml")
+
+
 def test_missing_parts_are_named():
     with pytest.raises(ValueError, match=r"lacks 'teacher.model'"):
         Recipe.parse({**BASE, "teacher": {}})

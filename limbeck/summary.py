@@ -1,0 +1,206 @@
+"""From what came of a run's stages to its Report."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import limbeck
+from limbeck.distiller import PlannedTerm
+from limbeck.evaluate import Bootstrap, compare, count_parameters, measure_speed, size_in_bytes
+from limbeck.metrics import Array, get_metric
+from limbeck.recipe import Recipe
+from limbeck.report import Report
+from limbeck.report.report import Curve, Interval, ModelResult
+from limbeck.stage import StageResult
+from limbeck.tasks import VALIDATION, Task, is_regression
+from limbeck.train import Examples
+
+THROUGHPUT_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Puts the models of a run side by side.
+
+    Attributes:
+        recipe: The recipe, with every term spelled out.
+        task: The task with its data.
+        data: The encoded examples by split.
+        device: Where models are timed.
+    """
+
+    recipe: Recipe
+    task: Task
+    data: Mapping[str, Examples]
+    device: torch.device
+
+    def report(
+        self,
+        models: Mapping[str, nn.Module],
+        results: Mapping[str, list[StageResult]],
+        plan: Sequence[PlannedTerm],
+        log: list[dict[str, Any]],
+        command: str,
+    ) -> Report:
+        """Make the report.
+
+        Args:
+            models: Teacher, baseline (if there is one) and student of the first seed, by role.
+            results: What their stages gave, one for each seed.
+            plan: The preflight's terms.
+            log: The run's log.
+            command: What to type to repeat the run.
+        """
+        metric = get_metric(self.task.metrics[0])
+        labels = np.asarray(self.task.splits[VALIDATION].labels)
+        bootstrap = Bootstrap(labels, metric, self.recipe.seeds)
+        logits = {role: [r.logits[VALIDATION] for r in results[role]] for role in models}
+        scores = {role: bootstrap.scores(each) for role, each in logits.items()}
+        speed = self.speed(models)
+        first = self.recipe.training.seed
+        columns = {
+            role: self.column(role, model, results[role], scores[role], speed[role])
+            for role, model in models.items()
+        }
+        return Report(
+            task=self.task.name,
+            metric=metric.name,
+            higher_is_better=metric.higher_is_better,
+            examples={name: len(rows) for name, rows in self.task.splits.items()},
+            teacher=columns["teacher"],
+            baseline=columns.get("baseline"),
+            student=columns["student"],
+            comparison=compare(bootstrap, logits, scores) if "baseline" in logits else None,
+            plan=[plan_row(p) for p in plan],
+            curves=curves(log, plan),
+            seeds=list(range(first, first + self.recipe.seeds)),
+            environment=environment(self.device),
+            recipe=self.recipe.model_dump(mode="json"),
+            command=command,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            regression=is_regression(self.task),
+            throughput_batch=self.throughput_batch(),
+            student_class=type(models["student"]).__name__,
+        )
+
+    def column(
+        self,
+        role: str,
+        model: nn.Module,
+        results: list[StageResult],
+        scores: Array,
+        speed: tuple[Interval, Interval],
+    ) -> ModelResult:
+        """One model's column of the report."""
+        fitted = [r.fitted for r in results if r.fitted is not None]
+        latency, batch = speed
+        metric, labels = get_metric(self.task.metrics[0]), np.asarray(self.task.splits[VALIDATION].labels)
+        return ModelResult(
+            role=role,
+            score=Bootstrap.interval(scores),
+            metrics=self.metrics(results),
+            parameters=count_parameters(model),
+            size_bytes=size_in_bytes(model),
+            latency_ms=latency.map(lambda seconds: 1000 * seconds),
+            throughput=batch.map(lambda seconds: self.throughput_batch() / seconds),
+            training_seconds=mean(f.seconds for f in fitted),
+            teacher_seconds=mean(f.teacher_seconds for f in fitted),
+            scores_by_seed=[metric(r.logits[VALIDATION], labels) for r in results],
+        )
+
+    def metrics(self, results: list[StageResult]) -> dict[str, float]:
+        """All metrics on all evaluation splits, the mean over seeds."""
+        found = {}
+        for split in results[0].logits:
+            labels = np.asarray(self.task.splits[split].labels)
+            suffix = "" if split == VALIDATION else f" ({split.removeprefix('validation_')})"
+            for name in self.task.metrics:
+                metric = get_metric(name)
+                found[name + suffix] = mean(metric(r.logits[split], labels) for r in results)
+        return found
+
+    def speed(self, models: Mapping[str, nn.Module]) -> dict[str, tuple[Interval, Interval]]:
+        """Seconds for one example and for a batch, by role; the models take turns."""
+        data = self.data[VALIDATION]
+        for model in models.values():
+            model.to(self.device)
+        one = measure_speed(models, data, batch_size=1, repeats=60)
+        many = measure_speed(models, data, batch_size=self.throughput_batch(), repeats=15)
+        return {role: (one[role], many[role]) for role in models}
+
+    def throughput_batch(self) -> int:
+        """The batch size that throughput is measured at."""
+        return min(THROUGHPUT_BATCH, len(self.data[VALIDATION]))
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean, 0 of nothing."""
+    found = list(values)
+    return sum(found) / len(found) if found else 0.0
+
+
+def plan_row(planned: PlannedTerm) -> dict[str, Any]:
+    """A term as a row of the report."""
+    term = planned.term
+    return {
+        "name": term.name,
+        "loss": term.loss_name,
+        "tap": term.tap,
+        "teacher_tap": term.teacher_tap,
+        "weight": term.weight,
+        "options": dict(term.options),
+        "projection": term.project,
+        "parameters": planned.parameters,
+        "student_shape": list(planned.student_shape),
+        "teacher_shape": list(planned.teacher_shape),
+    }
+
+
+def curves(log: list[dict[str, Any]], terms: Sequence[PlannedTerm]) -> list[Curve]:
+    """The log as curves, one for each training."""
+    weights = {p.term.name: p.term.weight for p in terms}
+    found = []
+    for stage in dict.fromkeys(line["stage"] for line in log):
+        role, _, seed = stage.partition("-")
+        steps = [line for line in log if line["stage"] == stage and "terms" in line]
+        scores = [line for line in log if line["stage"] == stage and "scores" in line]
+        names = list(dict.fromkeys(name for line in steps for name in line["terms"]))
+        own = weights if role == "student" else dict.fromkeys(names, 1.0)
+        found.append(
+            Curve(
+                role=role,
+                seed=int(seed or 0),
+                steps=[line["step"] for line in steps],
+                terms={name: [line["terms"][name] for line in steps] for name in names},
+                weights={name: own[name] for name in names},
+                learning_rate=[line["learning_rate"] for line in steps],
+                score_steps=[line["step"] for line in scores],
+                scores=[next(iter(line["scores"].values())) for line in scores],
+            )
+        )
+    return found
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where the numbers were measured."""
+    import transformers
+
+    return {
+        "limbeck": limbeck.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
