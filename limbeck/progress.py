@@ -32,11 +32,15 @@ class Bar(Callback):
 
     def on_step(self, state: State) -> None:
         """Move on by one step."""
-        self.progress.update(self.bar, completed=state.step, note=f"loss {state.loss:.3f}{self.note}")
+        self._draw(state)
 
     def on_evaluate(self, state: State) -> None:
         """Show the last score."""
         self.note = "".join(f"  {name} {value:.3f}" for name, value in state.scores.items())
+        self._draw(state)
+
+    def _draw(self, state: State) -> None:
+        self.progress.update(self.bar, completed=state.step, note=f"loss {state.loss:.3f}{self.note}")
 
     def on_end(self, state: State) -> None:
         """Fill the bar, even where training stopped early."""

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -18,15 +19,15 @@ PACKAGE = ROOT / "limbeck"
 
 # A module imports only from lower lines, and from its own folder.
 LAYERS = [
-    "types registry shapes",
-    "batch metrics",
+    "types registry shapes stopwatch",
+    "batch metrics pretrained",
     "reduce losses taps projectors",
     "terms teachers students",
     "distiller",
     "train report",
     "tasks evaluate",
     "recipe stage",
-    "models",
+    "models summary",
     "run",
     "progress",
     "cli testing",
@@ -76,6 +77,15 @@ def test_imports_run_one_way(path):
     assert own in LEVEL, f"{own} stands in no layer"
     for other in imported(ast.parse(path.read_text())) - {own}:
         assert LEVEL[other] < LEVEL[own], f"{own} must not import {other}"
+
+
+def test_the_document_draws_the_same_layers():
+    """The picture in docs/architecture.md has the layers of this test, line by line."""
+    lines = re.findall(r"^ ?(\d+)  (.+)$", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE)
+    drawn = {int(level): text for level, text in lines}
+    for level, names in enumerate(LAYERS):
+        words = drawn[level].split()
+        assert words[: len(names.split())] == names.split()
 
 
 def test_functions_are_short():
