@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from limbeck.atomic import write_text
 from limbeck.distiller import Distiller, PlannedTerm
 from limbeck.evaluate import count_parameters
 from limbeck.models import TeacherStore, find_depths, fingerprint, load_model, make_student, save_model
@@ -220,8 +221,8 @@ class Run:
                 else:
                     path.unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / RECIPE).write_text(self.recipe.to_yaml())
-        (self.folder / MADE_BY).write_text(json.dumps(self.made_by, indent=2))
+        write_text(self.folder / RECIPE, self.recipe.to_yaml())
+        write_text(self.folder / MADE_BY, json.dumps(self.made_by, indent=2))
 
     def load_teacher(self, store: TeacherStore, retrain: bool) -> tuple[Loaded, bool]:
         """Load the teacher, and say whether it is ready or has to be fine-tuned."""

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from limbeck.atomic import write_tensors, write_text
 from limbeck.distiller import Distiller
 from limbeck.metrics import Array
 from limbeck.train import Callback, Examples, FitResult, JsonLog, Settings, fit, predict
@@ -95,10 +96,8 @@ class Stage:
         """Write the result last: where it stands, the stage is done."""
         assert result.fitted is not None
         save_weights(model, self.folder / WEIGHTS)
-        save_file({n: torch.from_numpy(a) for n, a in result.logits.items()}, self.folder / PREDICTIONS)
-        partial = self.folder / "result.partial"
-        partial.write_text(json.dumps(dataclasses.asdict(result.fitted)))
-        partial.replace(self.folder / RESULT)
+        write_tensors(self.folder / PREDICTIONS, {n: torch.from_numpy(a) for n, a in result.logits.items()})
+        write_text(self.folder / RESULT, json.dumps(dataclasses.asdict(result.fitted)))
 
     def _load(self, model: nn.Module) -> tuple[nn.Module, StageResult]:
         load_weights(model, self.folder / WEIGHTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -10,8 +11,8 @@ import torch
 class Stopwatch:
     """Adds up the time spent inside its ``with`` blocks.
 
-    Work on a GPU is only queued when a call returns, so its time is taken by events in the queue, which are read when
-    the sum is asked for.
+    Work on a GPU is only queued when a call returns, so its time is taken by events in the queue, which are read
+    when the sum is asked for.
 
     Args:
         seconds: Where to start from.
@@ -27,18 +28,18 @@ class Stopwatch:
     def __init__(self, seconds: float = 0.0) -> None:
         self._seconds = seconds
         self._start = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: list[tuple[Any, Any]] = []
         self._on_gpu = torch.cuda.is_available()
 
     def __enter__(self) -> Stopwatch:
         if self._on_gpu:
-            self._events.append((_mark(), torch.cuda.Event(enable_timing=True)))
+            self._events.append((_mark(), None))
         self._start = time.perf_counter()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._on_gpu:
-            self._events[-1][1].record()
+            self._events[-1] = (self._events[-1][0], _mark())
         else:
             self._seconds += time.perf_counter() - self._start
 
@@ -52,7 +53,9 @@ class Stopwatch:
         return self._seconds
 
 
-def _mark() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
+def _mark() -> Any:
+    """A point of time in the GPU's queue."""
+    make: Any = torch.cuda.Event
+    event = make(enable_timing=True)
     event.record()
     return event

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "limbeck"
 
 # A module imports only from lower lines, and from its own folder.
 LAYERS = [
-    "types registry shapes stopwatch",
+    "types registry shapes stopwatch atomic",
     "batch metrics pretrained",
     "reduce losses taps projectors",
     "terms teachers students",

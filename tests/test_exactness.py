@@ -1,5 +1,6 @@
 """The same update however a step is cut, and the same weights however often a training is killed."""
 
+import os
 import random
 import subprocess
 import sys
@@ -13,14 +14,19 @@ WORKER = Path(__file__).parent / "workers" / "train.py"
 
 
 def run(*arguments, ranks=1, check=True):
-    """Run the worker, on several ranks through `accelerate launch`."""
+    """Run the worker, on several ranks through `accelerate launch`; it checks that they are so many.
+
+    Accelerate starts several processes on CPUs only under MPI, unless it takes them for GPUs at first.
+    """
     launch = [sys.executable, str(WORKER)]
     if ranks > 1:
         accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-        flags = ["--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        flags = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         port = str(random.Random().randint(20000, 50000))
         launch = [*accelerate, *flags, "--num_processes", str(ranks), "--main_process_port", port, str(WORKER)]
-    done = subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, timeout=240)
+    command = [*launch, *map(str, arguments), "--ranks", str(ranks)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -82,4 +88,32 @@ def test_resume_on_two_ranks_is_bit_identical(tmp_path):
     )
     assert killed.returncode != 0
     resumed = weights(tmp_path / "b.safetensors", *options, "--folder", tmp_path / "b", ranks=2)
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+
+
+def test_a_rank_without_examples_changes_nothing(tmp_path):
+    """Of 33 examples in batches of 16, one is left over for two ranks."""
+    options = ["--examples", 33, "--accumulation", 2]
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    assert largest_difference(weights(one, *options), weights(two, *options, ranks=2)) < 1e-6
+
+
+def test_ranks_stop_together(tmp_path):
+    """A callback, which lives on rank 0 alone, stops both ranks; a resume trains no further."""
+    options = ["--steps", 8, "--stop-at", 3, "--folder", tmp_path / "a"]
+    stopped = run(tmp_path / "a.safetensors", *options, ranks=2)
+    assert sorted(stopped.stdout.splitlines()) == ["rank 0: enough after 3", "rank 1: enough after 3"]
+    again = run(tmp_path / "b.safetensors", *options[:2], *options[4:], ranks=2)
+    assert sorted(again.stdout.splitlines()) == ["rank 0: enough after 3", "rank 1: enough after 3"]
+    first, second = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_one_interrupted_rank_stops_both(tmp_path):
+    options = ["--steps", 6, "--dropout", 0.1, "--best"]
+    uninterrupted = weights(tmp_path / "a.safetensors", *options, "--folder", tmp_path / "a", ranks=2)
+    options += ["--folder", tmp_path / "b"]
+    stopped = run(tmp_path / "b.safetensors", *options, "--interrupt-at", 4, 1, ranks=2)
+    assert sorted(stopped.stdout.splitlines()) == ["rank 0: interrupted", "rank 1: interrupted"]
+    resumed = weights(tmp_path / "b.safetensors", *options, ranks=2)
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)

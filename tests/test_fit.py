@@ -2,15 +2,20 @@
 
 import json
 import math
+import random
+import weakref
 
+import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from limbeck import Callback, Distiller, Examples, Settings, Term, fit
 from limbeck.train import JsonLog, predict, read_log
 from limbeck.train.data import ExampleBatches, LoaderBatches, as_batches
+from limbeck.train.ranks import any_without_gradient
 
 
 def items(count=48):
@@ -166,9 +171,75 @@ def test_settings_run(settings, monkeypatch):
     assert distiller.export()._compiled_call_impl is None
 
 
-def test_half_precision_needs_a_gpu_or_works():
-    settings = Settings(steps=2, precision="fp16")
-    fit(with_teacher(), items(), settings=settings)
+def test_half_precision_scales_the_loss(tmp_path):
+    distiller, log = with_teacher(), tmp_path / "log.jsonl"
+    before = distiller.student.weight.detach().clone()
+    settings = Settings(steps=3, precision="fp16", learning_rate=0.01, log_every=1)
+    fit(distiller, items(), settings=settings, folder=tmp_path, callbacks=[JsonLog(log)])
+    assert all(math.isfinite(line["loss"]) for line in read_log(log))
+    moved = (distiller.student.weight - before).abs().max().item()
+    assert 0.001 < moved < 0.1
+    kept = json.loads((tmp_path / "step-00000003" / "state.json").read_text())["scaler"]
+    assert kept["scale"] == 2.0**16
+    assert kept["_growth_tracker"] == 3
+
+
+def test_the_environment_of_accelerate_changes_nothing(monkeypatch):
+    """Precision and accumulation are the settings' alone, and nothing stays patched."""
+
+    def trained():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.manual_seed(0)
+        distiller = with_teacher()
+        fit(distiller, items(), settings=Settings(steps=3, learning_rate=0.1, clip=None, optimizer="sgd"))
+        assert "forward" not in vars(distiller)
+        return distiller.student.weight.detach()
+
+    expected = trained()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    assert torch.equal(trained(), expected)
+
+
+def test_a_tracker_that_is_not_installed_is_refused():
+    with pytest.raises(ValueError, match="tracker 'wandb' is not installed; pip install wandb"):
+        fit(plain(), items(), settings=Settings(trackers=["wandb"]))
+
+
+def test_looking_for_gradients_leaves_no_trace():
+    """The look that DDP needs moves neither running statistics, nor random state, nor modes."""
+    student = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2))
+    student.add_module("unused", nn.Identity())
+    distiller = Distiller(student, None, [Term("labels", loss="cross_entropy")])
+    before = {name: value.clone() for name, value in distiller.state_dict().items()}
+    state = torch.get_rng_state()
+    batch = {"input": torch.ones(2, 4), "labels": torch.tensor([0, 1])}
+    student.eval()
+    assert not any_without_gradient(distiller, batch)
+    assert all(torch.equal(before[name], value) for name, value in distiller.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert not student.training
+    assert distiller.training
+    distiller.spare = nn.Parameter(torch.zeros(1))
+    assert any_without_gradient(distiller, batch)
+
+
+def test_nan_logits_are_never_the_best(tmp_path):
+    """Weights that are finite can give logits that are not; accuracy would take NaN for a class."""
+
+    class Poison(Callback):
+        def on_step(self, state):
+            if state.step == 2:
+                state.distiller.student.weight.data.fill_(3e38)
+
+    settings = Settings(epochs=2, batch_size=24, best=True, evaluate_every=2)
+    data = [
+        {"input": x["input"] * torch.tensor([10.0, -10.0, 10.0, -10.0]), "labels": x["labels"]} for x in items()
+    ]
+    with pytest.raises(FloatingPointError, match=r"logits are NaN in the evaluation at step 2"):
+        fit(plain(), items(), data, settings, callbacks=[Poison()], folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_trackers_receive_the_terms(tmp_path):
@@ -212,19 +283,118 @@ def test_order_is_a_function_of_seed_and_epoch():
 
 def test_skipping_continues_an_epoch():
     batches = ExampleBatches(Examples(items()), Settings(batch_size=10))
-    whole = [step[0]["input"] for step in batches.epoch(2)]
-    rest = [step[0]["input"] for step in batches.epoch(2, skip=3)]
+    whole = [step.micro_batches[0]["input"] for step in batches.epoch(2)]
+    rest = [step.micro_batches[0]["input"] for step in batches.epoch(2, skip=3)]
     assert all(torch.equal(a, b) for a, b in zip(whole[3:], rest, strict=True))
 
 
 def test_a_shuffling_loader_repeats_its_order():
     points = torch.arange(20.0).view(20, 1)
     batches = LoaderBatches(DataLoader(TensorDataset(points, points), batch_size=4, shuffle=True), Settings())
-    whole = [step[0]["inputs"][0] for step in batches.epoch(1)]
+    whole = inputs(batches.epoch(1))
     torch.rand(7)
-    rest = [step[0]["inputs"][0] for step in batches.epoch(1, skip=2)]
+    rest = inputs(batches.epoch(1, skip=2))
     assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
-    assert not torch.equal(torch.cat(whole), torch.cat([s[0]["inputs"][0] for s in batches.epoch(2)]))
+    assert not torch.equal(torch.cat(whole), torch.cat(inputs(batches.epoch(2))))
+
+
+class Augmented:
+    """A data set that draws random numbers from all generators."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        noise = torch.rand(1) + float(np.random.rand()) + random.random()
+        return noise + index, torch.tensor(0)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_augmenting_loader_repeats_its_batches(own):
+    """Also where each start makes the loader anew, whatever the random state, and beside the training's own."""
+
+    def steps(epoch, skip=0):
+        generator = torch.Generator() if own else None
+        loader = DataLoader(Augmented(), batch_size=4, shuffle=True, generator=generator)
+        return LoaderBatches(loader, Settings()).epoch(epoch, skip)
+
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    whole = inputs(steps(1))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+    torch.rand(7), np.random.rand(3), random.random()
+    rest = inputs(steps(1, skip=2))
+    assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
+    assert not torch.equal(torch.cat(whole), torch.cat(inputs(steps(2))))
+
+
+def test_drawing_batches_leaves_the_gpus_alone(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("a GPU was seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    assert len(inputs(LoaderBatches(DataLoader(Augmented(), batch_size=4), Settings()).epoch(0))) == 5
+
+
+def test_skipped_batches_are_not_kept():
+    alive = weakref.WeakSet()
+
+    class Point(torch.Tensor):
+        pass
+
+    def collate(examples):
+        point = torch.zeros(len(examples), 1).as_subclass(Point)
+        alive.add(point)
+        return point, torch.zeros(len(examples))
+
+    batches = LoaderBatches(DataLoader(Augmented(), batch_size=1, collate_fn=collate), Settings())
+    next(batches.epoch(0, skip=15))
+    assert len(alive) <= 2
+
+
+@pytest.mark.parametrize("loader", [False, True])
+def test_ranks_see_the_same_steps(loader):
+    """33 examples in batches of 8: five steps on any number of ranks, all examples once, none left out."""
+    pairs = TensorDataset(torch.arange(33.0).view(33, 1), torch.zeros(33))
+    examples = Examples(pairs, lengths=list(range(33)))
+    data = DataLoader(pairs, batch_size=8, shuffle=True) if loader else examples
+    alone = list(as_batches(data, Settings(batch_size=8)).epoch(0))
+    for world in (2, 3):
+        ranks = [as_batches(data, Settings(batch_size=8), rank, world) for rank in range(world)]
+        assert {len(batches) for batches in ranks} == {5}
+        for whole, *parts in zip(alone, *(batches.epoch(0) for batches in ranks), strict=True):
+            assert {part.examples for part in parts} == {whole.examples}
+            counted = [part.micro_batches[0]["inputs"][0] for part in parts if part.share]
+            assert torch.equal(torch.cat(counted), whole.micro_batches[0]["inputs"][0])
+
+
+def test_examples_are_counted_in_the_global_batch():
+    class Count(Callback):
+        def on_end(self, state):
+            counted.append(state.examples)
+
+    counted = []
+    fit(plain(), items(33), settings=Settings(epochs=2, batch_size=8), callbacks=[Count()])
+    assert counted == [66]
+
+
+def test_data_that_can_be_read_once_only():
+    class Once(torch.utils.data.IterableDataset):
+        def __init__(self):
+            self.points = iter(TensorDataset(torch.randn(4, 4), torch.zeros(4).long()))
+
+        def __len__(self):
+            return 4
+
+        def __iter__(self):
+            return self.points
+
+    with pytest.raises(ValueError, match="epoch 1 of the training data is empty"):
+        fit(plain(), DataLoader(Once(), batch_size=2), settings=Settings(epochs=3))
+
+
+def inputs(steps):
+    return [step.micro_batches[0]["inputs"][0] for step in steps]
 
 
 def test_tuple_data_sets_and_loaders():
@@ -238,6 +408,8 @@ def test_bad_data():
         as_batches(3, Settings())
     with pytest.raises(ValueError, match="training data is empty"):
         fit(plain(), [])
+    with pytest.raises(TypeError, match="cannot predict on a int"):
+        fit(plain(), items(), 3, Settings(steps=1))
     with pytest.raises(ValueError, match="evaluation data is empty"):
         fit(plain(), items(), [], Settings(steps=1))
 
@@ -253,7 +425,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     fit(plain(), items(), settings=Settings(steps=2), folder=tmp_path)
     other = Distiller(nn.Linear(4, 3), None, [Term("labels", loss="cross_entropy")])
     with pytest.raises(ValueError, match="belongs to another model"):
-        fit(other, items(), settings=Settings(steps=4), folder=tmp_path)
+        fit(other, items(), settings=Settings(steps=2), folder=tmp_path)
 
 
 def test_distiller_is_left_in_eval_mode_and_student_without_hooks():

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from limbeck.teachers import ModuleTeacher, Teacher, as_teacher, load_pretrained
@@ -296,3 +297,31 @@ def test_names_help_to_find_a_tap():
 def test_unnamed_outputs_say_how_to_name_them():
     with pytest.raises(TypeError, match="name them with read="):
         ModuleTeacher(Unnamed()).signal({"features": points()[0]}, ["logits"])
+
+
+@pytest.mark.parametrize("fragment", ["encoder.layer.1", "pooler", "classifier"])
+def test_every_weight_of_a_teacher_has_to_be_there(folder, tmp_path, fragment):
+    """Pooler and head too: nothing trains them after this."""
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    weights = {n: t for n, t in load_file(folder / "model.safetensors").items() if fragment not in n}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lack .*{fragment}.*, which would be random; use a folder"):
+        load_pretrained(tmp_path)
+
+
+def test_a_teacher_of_other_sizes_than_its_config_is_refused(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 7}))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"lack bert\.encoder\.layer\.0\.intermediate.* more, which would be random"
+    ):
+        load_pretrained(tmp_path)
+
+
+def test_a_broken_file_is_one_clear_line(folder, tmp_path):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"cannot load a model from .* as safetensors: ") as caught:
+        load_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)

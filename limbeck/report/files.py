@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
+from limbeck.atomic import write_text
 from limbeck.report.report import Report
 
 
@@ -22,6 +21,7 @@ def write_report(report: Report, folder: Path) -> dict[str, Path]:
         The paths, by ``"json"``, ``"html"`` and ``"card"``.
 
     Example:
+        >>> import tempfile
         >>> from limbeck.report.report import example
         >>> paths = write_report(example(), Path(tempfile.mkdtemp()))
         >>> sorted(path.name for path in paths.values())
@@ -36,21 +36,6 @@ def write_report(report: Report, folder: Path) -> dict[str, Path]:
         "card": ("README.md", render_card(report)),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    return {kind: _replace(folder / name, text) for kind, (name, text) in texts.items()}
-
-
-def _replace(path: Path, text: str) -> Path:
-    """Write a file beside its place and move it there in one step."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's own mode would keep the report from everyone else
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
+    for name, text in texts.values():
+        write_text(folder / name, text)
+    return {kind: folder / name for kind, (name, _) in texts.items()}

@@ -3,9 +3,10 @@
 import importlib
 
 from limbeck.registry import nearest
-from limbeck.tasks.base import TASKS, TRAIN, VALIDATION, Loaded, Rows, Task, TaskOptions, is_regression
+from limbeck.tasks.base import HOLDOUT, TASKS, TRAIN, VALIDATION, Loaded, Rows, Task, TaskOptions, is_regression
 
 __all__ = [
+    "HOLDOUT",
     "TASKS",
     "TRAIN",
     "VALIDATION",

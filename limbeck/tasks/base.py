@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,6 +17,10 @@ from limbeck.train import Examples
 
 TRAIN = "train"
 VALIDATION = "validation"
+HOLDOUT = "holdout"
+
+TAKEN_BY_ALL = ("name", "metric", "train_examples", "eval_examples", "holdout")
+"""Options that `shorten` and `with_first` see to, whatever the task."""
 
 
 class TaskOptions(BaseModel):
@@ -33,6 +37,11 @@ class TaskOptions(BaseModel):
     train_examples: int | None = Field(None, gt=0, description="use a random part of the training data")
     eval_examples: int | None = Field(None, gt=0, description="use a random part of the evaluation data")
     holdout: float = Field(0.0, ge=0, lt=1, description="share of the training data kept to choose models by")
+
+
+def content(example: Any) -> bytes:
+    """What an input consists of, to tell equal ones: an image's values, or its texts."""
+    return bytes(example.tobytes()) if isinstance(example, np.ndarray) else "\x1f".join(example).encode()
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,7 @@ class Rows:
         """A hash of every example, to tell whether two runs saw the same data."""
         digest = hashlib.sha256()
         for example, label in zip(self.inputs, self.labels, strict=True):
-            content = example.tobytes() if isinstance(example, np.ndarray) else "\x1f".join(example).encode()
-            digest.update(content + b"\x1e" + repr(float(label)).encode() + b"\x1e")
+            digest.update(content(example) + b"\x1e" + repr(float(label)).encode() + b"\x1e")
         return digest.hexdigest()
 
 
@@ -123,8 +131,6 @@ def is_regression(task: Task) -> bool:
     return not task.labels
 
 
-Kind = Literal["classification", "regression"]
-
 TASKS: Registry[Callable[..., Task]] = Registry("task")
 
 
@@ -154,8 +160,54 @@ def shorten(task_splits: dict[str, Rows], options: TaskOptions) -> dict[str, Row
         if not len(rows):
             raise ValueError(f"the {name} split is empty; check the data")
     if options.holdout:
-        order = np.random.default_rng(1).permutation(len(splits[TRAIN])).tolist()
-        held = max(1, round(options.holdout * len(order)))
-        train = splits[TRAIN]
-        splits[TRAIN], splits["holdout"] = train.take(sorted(order[held:])), train.take(sorted(order[:held]))
+        kept, held = split_rows(splits[TRAIN], options.holdout, seed=1)
+        if not len(kept) or not len(held):
+            raise ValueError(
+                f"a holdout of {options.holdout:g} of {len(splits[TRAIN])} training examples leaves "
+                f"{len(kept)} to train on and {len(held)} to choose by; change task.holdout or use more data"
+            )
+        splits[TRAIN], splits[HOLDOUT] = kept, held
     return splits
+
+
+def split_rows(rows: Rows, share: float = 0.2, seed: int = 0) -> tuple[Rows, Rows]:
+    """Split off a random share of the distinct inputs, so that equal inputs stay on one side.
+
+    Example:
+        >>> rows = Rows([("a",), ("a",), ("b",), ("c",), ("d",)], [0, 0, 1, 0, 1])
+        >>> train, validation = split_rows(rows, 0.25)
+        >>> len(train), len(validation), set(train.inputs) & set(validation.inputs)
+        (4, 1, set())
+    """
+    groups: dict[bytes, list[int]] = {}
+    for i, example in enumerate(rows.inputs):
+        groups.setdefault(content(example), []).append(i)
+    order = np.random.default_rng(seed).permutation(len(groups))
+    members = list(groups.values())
+    wanted = round(share * len(members))
+    part = sorted(i for g in order[:wanted] for i in members[g])
+    rest = sorted(i for g in order[wanted:] for i in members[g])
+    return rows.take(rest), rows.take(part)
+
+
+def check_taken(options: TaskOptions, takes: Collection[str] = ()) -> None:
+    """Refuse options that a task does not use; a value that changes nothing would mislead.
+
+    Args:
+        options: The options.
+        takes: Names of those that the task uses beside the ones that every task has.
+
+    Raises:
+        ValueError: an option differs from its default and is not used.
+
+    Example:
+        >>> check_taken(TaskOptions(name="digits", data="scans"))
+        Traceback (most recent call last):
+        ValueError: the task digits takes no 'data' (it is 'scans'); leave it out or take another task
+    """
+    for name, field in TaskOptions.model_fields.items():
+        value = getattr(options, name)
+        if name not in (*TAKEN_BY_ALL, *takes) and value != field.default:
+            raise ValueError(
+                f"the task {options.name} takes no {name!r} (it is {value!r}); leave it out or take another task"
+            )

@@ -9,13 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from limbeck.tasks.base import TASKS, TRAIN, VALIDATION, Loaded, Rows, TaskOptions, shorten, with_first
-from limbeck.tasks.tables import split_rows
+from limbeck.tasks.base import (
+    TASKS,
+    TRAIN,
+    VALIDATION,
+    Loaded,
+    Rows,
+    TaskOptions,
+    check_taken,
+    shorten,
+    split_rows,
+    with_first,
+)
 from limbeck.tasks.text import TextTask
 
 FEWEST, MOST, CLASSES = 100, 700, 10
 SHORTEST = 25
-SKIPPED = {"test", "tests", "idlelib", "site-packages", "__pycache__", "ensurepip", "turtledemo"}
+SKIPPED = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "ensurepip", "turtledemo"}
 VOCABULARY = 4000
 SPECIAL = {
     "pad_token": "[PAD]",
@@ -31,8 +41,10 @@ def docstrings(options: TaskOptions) -> TextTask:
     """Make the task from the source of the running Python's standard library.
 
     Raises:
-        ValueError: this Python came without the source of its standard library.
+        ValueError: this Python came without the source of its standard library, or an option that this task
+            does not use.
     """
+    check_taken(options, ["max_length"])
     by_package = docstrings_by_package(Path(sysconfig.get_paths()["stdlib"]))
     sizes = {name: len(texts) for name, texts in by_package.items() if len(texts) >= FEWEST}
     if len(sizes) < 2:
@@ -107,6 +119,7 @@ def fresh_bert(task: TextTask, *, processor: Any = None, layers: int = 4, hidden
     from transformers import BertConfig, BertForSequenceClassification
 
     tokenizer = processor or train_tokenizer([text for row in task.splits[TRAIN].inputs for text in row])
+    names = task.labels or ("score",)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -114,8 +127,9 @@ def fresh_bert(task: TextTask, *, processor: Any = None, layers: int = 4, hidden
         num_attention_heads=max(1, hidden // 48),
         intermediate_size=4 * hidden,
         max_position_embeddings=task.max_length,
-        num_labels=len(task.labels),
-        id2label=dict(enumerate(task.labels)),
-        label2id={name: i for i, name in enumerate(task.labels)},
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        problem_type="single_label_classification" if task.labels else "regression",
     )
     return Loaded(BertForSequenceClassification(config), tokenizer, head_is_trained=False)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from limbeck.pretrained import first_line
 from limbeck.registry import nearest
-from limbeck.tasks.base import TASKS, TRAIN, VALIDATION, Rows, TaskOptions, shorten, with_first
-from limbeck.tasks.tables import column, find_split, read_table, text_rows
-from limbeck.tasks.text import TextTask, first_line
+from limbeck.tasks.base import TASKS, TRAIN, VALIDATION, Rows, TaskOptions, check_taken, shorten, with_first
+from limbeck.tasks.tables import column, find_split, read_tables, text_rows
+from limbeck.tasks.text import TextTask
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +32,9 @@ class Description:
 
 
 ENTAILMENT = ("entailment", "not_entailment")
+SCORES = (0.0, 5.0)
+"""Least and greatest similarity in STS-B."""
+
 PAIR_METRICS = ("accuracy_and_f1", "accuracy", "f1")
 
 GLUE = {
@@ -54,11 +58,13 @@ def glue(options: TaskOptions) -> TextTask:
     """Make a GLUE task from ``glue/rte`` and the like.
 
     Raises:
-        ValueError: no such task, or its data is neither in the folder nor to be had from the hub.
+        ValueError: no such task, an option that GLUE does not use, or data that is neither in the folder nor to
+            be had from the hub.
     """
     name = options.name.removeprefix("glue/")
     if name not in GLUE:
         raise ValueError(f"unknown GLUE task {name!r}; {nearest(name, GLUE)}")
+    check_taken(options, ["data", "max_length"])
     about = GLUE[name]
     splits = {}
     for split, candidates in (MNLI_SPLITS if name == "mnli" else SPLITS).items():
@@ -72,11 +78,13 @@ def glue(options: TaskOptions) -> TextTask:
 
 
 def _check_range(labels: list[float], about: Description, source: str) -> None:
-    wrong = {v for v in labels if about.labels and v not in range(len(about.labels))}
+    if about.labels:
+        wrong = {v for v in labels if v not in range(len(about.labels))}
+    else:
+        wrong = {v for v in labels if not SCORES[0] <= v <= SCORES[1]}
     if wrong:
-        raise ValueError(
-            f"{source} has the label {min(wrong):g}, outside {list(about.labels)}; a test split has none"
-        )
+        known = list(about.labels) or f"{SCORES[0]:g} to {SCORES[1]:g}"
+        raise ValueError(f"{source} has the label {min(wrong):g}, outside {known}; a test split has none")
 
 
 def load_split(name: str, candidates: tuple[str, ...], data: str | None) -> tuple[pd.DataFrame, str]:
@@ -92,9 +100,9 @@ def load_split(name: str, candidates: tuple[str, ...], data: str | None) -> tupl
         raise ValueError(f"there is no folder {folder}; --data names a folder with {name}/train.parquet")
     for place in (folder / name, folder):
         for candidate in candidates:
-            path = find_split(place, candidate)
-            if path is not None:
-                return read_table(path), str(path)
+            paths = find_split(place, candidate)
+            if paths:
+                return read_tables(paths), str(paths[0])
     raise ValueError(
         f"{folder} has no {candidates[0]} split of glue/{name}; looked for {name}/{candidates[0]}.parquet"
     )

@@ -13,8 +13,19 @@ import numpy as np
 import torch
 
 from limbeck.metrics import check_metrics
-from limbeck.tasks.base import TASKS, TRAIN, VALIDATION, Loaded, Rows, TaskOptions, shorten, with_first
-from limbeck.tasks.text import check_labels, first_line, quiet_transformers
+from limbeck.pretrained import load_with_head
+from limbeck.tasks.base import (
+    TASKS,
+    TRAIN,
+    VALIDATION,
+    Loaded,
+    Rows,
+    TaskOptions,
+    check_taken,
+    shorten,
+    split_rows,
+    with_first,
+)
 from limbeck.train import Examples
 from limbeck.types import EXAMPLE_ID, LABELS
 
@@ -40,23 +51,10 @@ class ImageTask:
 
     def load(self, source: str | Path) -> Loaded:
         """Load an image classifier from a folder or the hub."""
-        from transformers import AutoConfig, AutoModelForImageClassification
+        from transformers import AutoModelForImageClassification
 
-        names = dict(enumerate(self.labels))
-        with quiet_transformers():
-            try:
-                config = AutoConfig.from_pretrained(source)
-                if any(a.endswith("ForImageClassification") for a in config.architectures or ()):
-                    check_labels(config, self.labels, str(source))
-                config.num_labels, config.id2label = len(names), names
-                config.label2id = {name: i for i, name in names.items()}
-                model, info = AutoModelForImageClassification.from_pretrained(
-                    source, config=config, output_loading_info=True, use_safetensors=True
-                )
-            except OSError as error:
-                raise ValueError(f"cannot load an image model from {str(source)!r}: {first_line(error)}") from None
-        missing = [k for k in info["missing_keys"] if not k.startswith(model.base_model_prefix)]
-        return Loaded(model, None, head_is_trained=not missing)
+        model, trained = load_with_head(AutoModelForImageClassification, source, self.labels, "an image model")
+        return Loaded(model, None, head_is_trained=trained)
 
     def encode(self, rows: Rows, processor: Any) -> Examples:
         """Make tensors of the images; they need no processor."""
@@ -72,20 +70,21 @@ class ImageTask:
 def digits(options: TaskOptions) -> ImageTask:
     """1797 handwritten digits of 8 x 8 pixels, one fifth of them for validation.
 
+    Raises:
+        ValueError: an option that this task does not use.
+
     Reference:
         Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits, UCI.
     """
     from sklearn.datasets import load_digits
 
+    check_taken(options)
     data = load_digits()
     images = (data.images[:, None].astype(np.float32) - 8.0) / 8.0
-    order = np.random.default_rng(0).permutation(len(images)).tolist()
-    rows = Rows(list(images), data.target.tolist())
-    held = len(order) // 5
-    splits = {TRAIN: rows.take(sorted(order[held:])), VALIDATION: rows.take(sorted(order[:held]))}
+    train, validation = split_rows(Rows(list(images), data.target.tolist()))
     names = tuple(str(d) for d in range(10))
     metrics = with_first(options.metric, ("accuracy", "macro_f1"))
-    return ImageTask("digits", names, metrics, shorten(splits, options))
+    return ImageTask("digits", names, metrics, shorten({TRAIN: train, VALIDATION: validation}, options))
 
 
 def fresh_resnet(task: ImageTask, *, widths: tuple[int, ...] = (32, 64), depth: int = 2) -> Loaded:

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from limbeck.tasks.base import TASKS, TRAIN, VALIDATION, Rows, TaskOptions, shorten, with_first
-from limbeck.tasks.tables import SUFFIXES, column, find_split, read_table, split_rows, text_rows
+from limbeck.tasks.base import (
+    TASKS,
+    TRAIN,
+    VALIDATION,
+    Rows,
+    TaskOptions,
+    check_taken,
+    shorten,
+    split_rows,
+    with_first,
+)
+from limbeck.tasks.tables import SUFFIXES, column, find_split, read_tables, text_rows
 from limbeck.tasks.text import TextTask
 
 EVALUATION_NAMES = (VALIDATION, "valid", "val", "dev", "test")
@@ -26,9 +36,10 @@ def table(options: TaskOptions) -> TextTask:
     """
     if options.data is None or not options.text or options.label is None:
         raise ValueError("the table task needs --data FILE, --text COLUMN and --label COLUMN")
+    check_taken(options, ["data", "text", "label", "max_length"])
     raw = _read(Path(options.data), options)
     labels = [label for _, found in raw.values() for label in found]
-    if all(isinstance(label, float) for label in labels):
+    if are_scores(labels):
         names: tuple[str, ...] = ()
         splits = {name: Rows(texts, [float(str(v)) for v in found]) for name, (texts, found) in raw.items()}
     else:
@@ -44,25 +55,38 @@ def table(options: TaskOptions) -> TextTask:
 
 def _read(path: Path, options: TaskOptions) -> dict[str, tuple[list[tuple[str, ...]], list[object]]]:
     """Texts and raw labels by split."""
-    if not path.is_dir():
-        files = {TRAIN: path}
-    else:
-        train = find_split(path, TRAIN)
-        if train is None:
-            raise ValueError(f"{path} has no train file; looked for train with {', '.join(SUFFIXES)}")
-        found = [find_split(path, name) for name in EVALUATION_NAMES]
-        evaluation = next((f for f in found if f is not None), None)
-        files = {TRAIN: train} if evaluation is None else {TRAIN: train, VALIDATION: evaluation}
     split = {}
-    for name, file in files.items():
-        frame = read_table(file)
+    for name, files in _files(path).items():
+        frame, source = read_tables(files), str(files[0])
         assert options.label is not None
-        split[name] = (text_rows(frame, options.text, str(file)), column(frame, options.label, str(file)))
+        split[name] = (text_rows(frame, options.text, source), column(frame, options.label, source))
     return split
 
 
+def _files(path: Path) -> dict[str, list[Path]]:
+    """The files of each split."""
+    if not path.is_dir():
+        return {TRAIN: [path]}
+    train = find_split(path, TRAIN)
+    if not train:
+        raise ValueError(f"{path} has no train file; looked for train with {', '.join(SUFFIXES)}")
+    evaluation = next((files for name in EVALUATION_NAMES if (files := find_split(path, name))), None)
+    return {TRAIN: train, **({VALIDATION: evaluation} if evaluation else {})}
+
+
+def are_scores(labels: Sequence[object]) -> bool:
+    """Whether labels are numbers to predict: numbers all, and some with a decimal point.
+
+    Example:
+        >>> are_scores([1.0, 2.5]), are_scores([1, 2]), are_scores([True, 0.5])
+        (True, False, False)
+    """
+    kinds = {type(label) for label in labels}
+    return float in kinds and kinds <= {int, float}
+
+
 def class_names(labels: Sequence[object]) -> tuple[str, ...]:
-    """The distinct labels as text, in order: numbers by size, words by alphabet.
+    """The distinct labels as text, in order: whole numbers by size, anything else by alphabet.
 
     Raises:
         ValueError: one class only, or so many that the column cannot be a class.
@@ -70,9 +94,11 @@ def class_names(labels: Sequence[object]) -> tuple[str, ...]:
     Example:
         >>> class_names([10, 9, 9, 10])
         ('9', '10')
+        >>> class_names([True, False])
+        ('False', 'True')
     """
-    numbers = all(isinstance(v, int) for v in labels)
-    distinct = sorted(set(labels), key=(lambda v: int(str(v))) if numbers else str)
+    numbers = all(type(v) is int for v in labels)  # a bool is an int too, and no number here
+    distinct = sorted({str(v) for v in labels}, key=int if numbers else str)
     if len(distinct) < 2:
         raise ValueError(f"the label column holds {distinct!r} only; a task needs two classes or more")
     if len(distinct) > max(2, MOST_CLASSES * len(labels)):
@@ -80,4 +106,4 @@ def class_names(labels: Sequence[object]) -> tuple[str, ...]:
             f"the label column holds {len(distinct)} distinct values in {len(labels)} rows, too many for classes; "
             "is it the right column? (numbers to predict are written with a decimal point)"
         )
-    return tuple(str(v) for v in distinct)
+    return tuple(distinct)

@@ -1,15 +1,15 @@
-"""Tables of examples: reading files, choosing columns, splitting what is not split."""
+"""Tables of examples: finding and reading files, choosing columns."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from limbeck.pretrained import first_line
 from limbeck.registry import nearest
-from limbeck.tasks.base import Rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,23 +41,62 @@ def read_table(path: Path) -> pd.DataFrame:
             return pd.read_parquet(path)
         if path.suffix in (".csv", ".tsv"):
             separator = "\t" if path.suffix == ".tsv" else ","
-            return pd.read_csv(path, sep=separator, keep_default_na=False, na_values=[""])
+            # In chunks (low_memory), "007" would be a number in one chunk and a word in the next.
+            return pd.read_csv(path, sep=separator, keep_default_na=False, na_values=[""], low_memory=False)
         if path.suffix in (".jsonl", ".json"):
-            return pd.read_json(path, lines=path.suffix == ".jsonl")
+            return _read_json(path)
     except (ValueError, OSError, UnicodeDecodeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot read {path} as {path.suffix[1:]}: {first}") from None
+        raise ValueError(f"cannot read {path} as {path.suffix[1:]}: {first_line(error)}") from None
     raise ValueError(f"{path} has an unknown format; use one of {', '.join(SUFFIXES)}")
 
 
-def find_split(folder: Path, name: str) -> Path | None:
-    """The file of a split in a folder, ``train.csv`` or the hub's ``train-00000-of-00001.parquet``."""
+def _read_json(path: Path) -> pd.DataFrame:
+    """A table from JSON, every value as it is written: pandas' own reader makes numbers and dates of words."""
+    import pandas as pd
+
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        return pd.DataFrame([json.loads(line) for line in text.split("\n") if line.strip()])
+    return pd.DataFrame(json.loads(text))
+
+
+def find_split(folder: Path, name: str) -> list[Path]:
+    """The files of a split in a folder: ``train.csv``, or all of the hub's ``train-00000-of-00002.parquet``.
+
+    Raises:
+        ValueError: shards are missing.
+    """
     for suffix in SUFFIXES:
-        found = [folder / f"{name}{suffix}", *sorted(folder.glob(f"{name}-?????-of-?????{suffix}"))]
-        for path in found:
-            if path.is_file():
-                return path
-    return None
+        whole = folder / f"{name}{suffix}"
+        if whole.is_file():
+            return [whole]
+        shards = sorted(folder.glob(f"{name}-?????-of-?????{suffix}"))
+        if shards:
+            _check_shards(shards)
+            return shards
+    return []
+
+
+def _check_shards(shards: Sequence[Path]) -> None:
+    """Refuse a split of which a part is missing.
+
+    Raises:
+        ValueError: the message names the missing file.
+    """
+    names = {path.name for path in shards}
+    for path in shards:
+        count = re.findall(r"-of-(\d{5})", path.name)
+        for number in range(int(count[-1]) if count else 0):
+            wanted = re.sub(r"-\d{5}-of-", f"-{number:05d}-of-", path.name)
+            if wanted not in names:
+                raise ValueError(f"{path.parent} lacks {wanted}, a part of the split; fetch all {count[-1]}")
+
+
+def read_tables(paths: Sequence[Path]) -> pd.DataFrame:
+    """Read the files of a split, one after the other, as one table; see `read_table`."""
+    import pandas as pd
+
+    return pd.concat([read_table(path) for path in paths], ignore_index=True)
 
 
 def column(table: pd.DataFrame, name: str, source: str) -> list[object]:
@@ -87,23 +126,3 @@ def text_rows(table: pd.DataFrame, texts: Sequence[str], source: str) -> list[tu
         if wrong is not None:
             raise ValueError(f"{source}: column {name!r} holds {wrong!r}, which is no text")
     return [tuple(str(v) for v in row) for row in zip(*columns, strict=True)]
-
-
-def split_rows(rows: Rows, share: float = 0.2, seed: int = 0) -> tuple[Rows, Rows]:
-    """Split into training and validation, so that equal inputs stay on one side.
-
-    Example:
-        >>> rows = Rows([("a",), ("a",), ("b",), ("c",), ("d",)], [0, 0, 1, 0, 1])
-        >>> train, validation = split_rows(rows, 0.25)
-        >>> len(train), len(validation), set(train.inputs) & set(validation.inputs)
-        (4, 1, set())
-    """
-    groups: dict[object, list[int]] = {}
-    for i, example in enumerate(rows.inputs):
-        groups.setdefault(example, []).append(i)
-    order = np.random.default_rng(seed).permutation(len(groups))
-    members = list(groups.values())
-    wanted = round(share * len(members))
-    validation = sorted(i for g in order[:wanted] for i in members[g])
-    train = sorted(i for g in order[wanted:] for i in members[g])
-    return rows.take(train), rows.take(validation)

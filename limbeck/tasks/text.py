@@ -5,7 +5,6 @@ Shape legend: B examples, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor
 
 from limbeck.metrics import check_metrics
+from limbeck.pretrained import first_line, load_tokenizer, load_with_head, quiet_transformers
 from limbeck.tasks.base import Loaded, Rows
 from limbeck.train import Examples
 from limbeck.types import EXAMPLE_ID, LABELS
 
-GENERIC = "LABEL_"
-"""How transformers calls the classes of a head whose labels nobody named."""
+__all__ = ["Padding", "TextTask", "first_line", "quiet_transformers"]  # the last two until their users move
 
 
 @dataclass(frozen=True)
@@ -46,22 +45,12 @@ class TextTask:
 
     def load(self, source: str | Path) -> Loaded:
         """Load a sequence classifier and its tokenizer from a folder or the hub."""
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
-        with quiet_transformers():
-            try:
-                config = self._config(source)
-                tokenizer = AutoTokenizer.from_pretrained(source)
-                model, info = AutoModelForSequenceClassification.from_pretrained(
-                    source, config=config, output_loading_info=True, use_safetensors=True
-                )
-            except (OSError, ValueError) as error:
-                raise ValueError(f"cannot load a text model from {str(source)!r}: {first_line(error)}") from None
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        model, trained = load_with_head(AutoModelForSequenceClassification, source, self.labels, "a text model")
+        tokenizer = load_tokenizer(source)
         model.config.pad_token_id = tokenizer.pad_token_id
-        missing = [k for k in info["missing_keys"] if not k.startswith(model.base_model_prefix)]
-        return Loaded(model, tokenizer, head_is_trained=not missing)
+        return Loaded(model, tokenizer, head_is_trained=trained)
 
     def encode(self, rows: Rows, processor: Any) -> Examples:
         """Tokenize every example once; batches are padded to their own longest."""
@@ -76,39 +65,6 @@ class TextTask:
         ]
         lengths = [len(item["input_ids"]) for item in items]
         return Examples(items, Padding(processor.pad_token_id, regression=not self.labels), lengths)
-
-    def _config(self, source: str | Path) -> Any:
-        """The source's config with a head for this task.
-
-        Raises:
-            ValueError: the source has a head that was trained for other labels.
-        """
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(source)
-        if any(a.endswith("ForSequenceClassification") for a in config.architectures or ()):
-            check_labels(config, self.labels, str(source))
-        names = self.labels or ("score",)
-        config.num_labels = len(names)
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: i for i, name in enumerate(names)}
-        config.problem_type = "single_label_classification" if self.labels else "regression"
-        return config
-
-
-def check_labels(config: Any, labels: Sequence[str], source: str) -> None:
-    """Refuse a teacher whose head speaks of other classes than the task.
-
-    Raises:
-        ValueError: the number, the names or the order of the labels differ.
-    """
-    theirs = [str(config.id2label[i]) for i in sorted(config.id2label)]
-    named = not all(name.startswith(GENERIC) for name in theirs)
-    if len(theirs) != max(1, len(labels)) or (named and labels and list(labels) != theirs):
-        raise ValueError(
-            f"{source} was trained for the labels {theirs}, the task has {list(labels) or 'a number to predict'}; "
-            "use another teacher, or the pretrained model it came from"
-        )
 
 
 class Padding:
@@ -142,27 +98,3 @@ class Padding:
         batch[LABELS] = torch.tensor([item[LABELS] for item in items], dtype=self.dtype)
         batch[EXAMPLE_ID] = torch.tensor([item[EXAMPLE_ID] for item in items])
         return batch
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class quiet_transformers:  # noqa: N801  (a context manager, used like a function)
-    """Keep transformers' warnings and bars about new heads off the screen; the plan says what is new."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *exception: object) -> None:
-        from transformers.utils import logging
-
-        level, bars = self._before
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

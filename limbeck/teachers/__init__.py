@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from limbeck.pretrained import load_pretrained
 from limbeck.taps import Read
 from limbeck.teachers.base import Teacher
 from limbeck.teachers.module import ModuleInputs, ModuleTeacher, record
@@ -50,41 +51,3 @@ def as_teacher(source: TeacherLike, read: Read | None = None) -> Teacher:
         f"a {type(source).__name__} is no teacher; pass a module, a function that makes one, "
         "(class, args, kwargs), or the path or hub id of a transformers model"
     )
-
-
-def load_pretrained(source: str | Path) -> nn.Module:
-    """Load a transformers model as the class that its config names.
-
-    Raises:
-        ValueError: there is no such folder or hub model, its config names no class, or weights are missing.
-
-    Example:
-        >>> load_pretrained("no/such/folder/here")
-        Traceback (most recent call last):
-        ValueError: cannot load a model from 'no/such/folder/here': ...
-    """
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot load a model from {str(source)!r}: {first}") from None
-    names = config.architectures or ["no class"]
-    model_class: Any = getattr(transformers, names[0], None)
-    if not _is_model_class(model_class, transformers.PreTrainedModel):
-        raise ValueError(f"the config of {str(source)!r} names {names[0]}, which transformers lacks")
-    try:
-        model, loading = model_class.from_pretrained(source, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot load a model from {str(source)!r} as safetensors: {first}") from None
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise ValueError(f"the weights of {str(source)!r} lack {', '.join(missing[:3])}, which would be random")
-    loaded: nn.Module = model
-    return loaded
-
-
-def _is_model_class(found: Any, base: type) -> bool:
-    return isinstance(found, type) and issubclass(found, base)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from limbeck.atomic import write_text
 from limbeck.distiller import Distiller
 
 
@@ -21,8 +22,8 @@ class State:
         epoch: Epochs done.
         position: Updates done in this epoch.
         seconds: Wall time so far, over all interruptions.
-        teacher_seconds: The part of it that the teacher's forward passes took.
-        examples: Examples seen.
+        teacher_seconds: The part of it that the teacher's forward passes took, at the last log line or checkpoint.
+        examples: Examples seen, by all ranks together.
         learning_rate: The last update's.
         loss: Weighted sum of the terms, the mean over the steps since the last line of the log.
         terms: Unweighted terms, likewise.
@@ -33,7 +34,8 @@ class State:
         stale: Evaluations since then.
         history: ``(step, main metric)`` of each evaluation.
         checkpoint: The newest checkpoint, or None.
-        stop: Why to stop after this step; empty to go on.
+        stop: Why to stop after this step; empty to go on. Set in `Callback.on_step`, the step is still evaluated
+            and saved; set in `Callback.on_checkpoint`, it counts after the next step.
     """
 
     distiller: Distiller
@@ -58,7 +60,7 @@ class State:
 
     KEPT: ClassVar[tuple[str, ...]] = (
         *("step", "epoch", "position", "seconds", "teacher_seconds", "examples"),
-        *("best_score", "best_step", "stale", "history"),
+        *("best_score", "best_step", "stale", "history", "stop"),
     )
 
     def kept(self) -> dict[str, Any]:
@@ -111,9 +113,7 @@ class JsonLog(Callback):
         """Drop the lines of this stage that lie beyond the checkpoint."""
         lines = [line for line in read_log(self.path) if self._stays(line, state.step)]
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(self.path)
+        write_text(self.path, text)
 
     def on_log(self, state: State) -> None:
         """Write the loss, each term and what it adds to the loss."""

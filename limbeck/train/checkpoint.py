@@ -7,7 +7,6 @@ folder with that name is always whole.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Mapping
@@ -16,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from limbeck.atomic import SUFFIX, sync, write_tensors, write_text
 
 PREFIX = "step-"
 WEIGHTS = "distiller.safetensors"
@@ -59,18 +60,31 @@ def unflatten(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
-    """Save a state dict, each storage once, and replace the file only when it is whole."""
-    state = module.state_dict()
-    first: dict[int, str] = {}
-    tied = {}
-    for name, tensor in state.items():
-        other = first.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
-        if other != name and state[other].shape == tensor.shape:
+    """Save a state dict, tied tensors once, and replace the file only when it is whole.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    first: dict[tuple[Any, ...], str] = {}
+    stored: set[int] = set()
+    whole, tied = {}, {}
+    for name, tensor in module.state_dict().items():
+        other = first.setdefault(_identity(tensor), name) if tensor.numel() else name
+        if other != name:
             tied[name] = other
-    whole = {name: tensor.contiguous() for name, tensor in state.items() if name not in tied}
-    temporary = path.with_suffix(".partial")
-    save_file(whole, temporary, metadata={"tied": json.dumps(tied)})
-    temporary.replace(path)
+            continue
+        storage = tensor.untyped_storage().data_ptr()
+        # Another view of memory that is already in the file, as a transpose: stored as a tensor of its own.
+        whole[name] = tensor.clone(memory_format=torch.contiguous_format) if storage in stored else tensor
+        stored.add(storage)
+    whole = {name: tensor.contiguous() for name, tensor in whole.items()}
+    write_tensors(path, whole, {"tied": json.dumps(tied)})
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Two tensors are tied where all of this agrees; the same memory alone may be read in other ways."""
+    place = tensor.device, tensor.data_ptr(), tensor.storage_offset()
+    return *place, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -119,8 +133,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 def write_tree(tree: Any, folder: Path, name: str) -> None:
     """Write nested data with tensors as ``name.json`` and ``name.safetensors``."""
     skeleton, tensors = flatten(tree)
-    save_file(tensors, folder / f"{name}.safetensors")
-    (folder / f"{name}.json").write_text(json.dumps(skeleton))
+    write_tensors(folder / f"{name}.safetensors", tensors)
+    write_text(folder / f"{name}.json", json.dumps(skeleton))
 
 
 def read_tree(folder: Path, name: str) -> Any:
@@ -146,9 +160,14 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"{PREFIX}{step:08d}"
 
 
+def partial_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is prepared."""
+    return step_folder(folder, step).with_suffix(SUFFIX)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest first."""
-    return sorted(p for p in folder.glob(f"{PREFIX}*") if p.suffix != ".partial" and p.is_dir())
+    return sorted(p for p in folder.glob(f"{PREFIX}*") if p.suffix != SUFFIX and p.is_dir())
 
 
 def latest(folder: Path | None) -> Path | None:
@@ -159,7 +178,7 @@ def latest(folder: Path | None) -> Path | None:
 
 def begin(folder: Path, step: int) -> Path:
     """Open the folder in which a checkpoint is prepared."""
-    partial = step_folder(folder, step).with_suffix(".partial")
+    partial = partial_folder(folder, step)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
@@ -167,12 +186,17 @@ def begin(folder: Path, step: int) -> Path:
 
 def finish(partial: Path, keep: int) -> Path:
     """Make a prepared checkpoint valid, on the disk and not only in its cache, and drop the oldest ones."""
-    for file in partial.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+    sync(partial)
     final = partial.with_suffix("")
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
+    sync(final.parent)
     for old in checkpoints(final.parent)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a training that was killed left half written; it would fill the disk for ever."""
+    for partial in folder.glob(f"{PREFIX}*{SUFFIX}"):
+        shutil.rmtree(partial, ignore_errors=True)

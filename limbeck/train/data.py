@@ -1,15 +1,18 @@
 """From data to the micro-batches of each step, the same for any number of ranks and any accumulation.
 
 A step has one *global* batch. It is cut first into a share for each rank and then into micro-batches, in order, so
-that the examples of a step depend on the seed and the batch size alone.
+that the examples of a step depend on the seed and the batch size alone. No batch is dropped: where one has fewer
+examples than there are ranks, the ranks without any compute one that does not count.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +24,19 @@ from limbeck.types import Batch
 
 BUCKET_BATCHES = 50
 """Batches that are sorted by length together: large enough to save padding, small enough to stay random."""
+
+
+@runtime_checkable
+class Indexed(Protocol):
+    """A data set with a length and an index, as lists and PyTorch's map-style data sets are."""
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Any:
+        """One example."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +53,7 @@ class Examples:
         {'x': tensor([1., 2.])}
     """
 
-    items: Sequence[Any]
+    items: Indexed
     collate: Callable[[list[Any]], Any] = default_collate
     lengths: Sequence[int] | None = None
 
@@ -60,33 +76,46 @@ def cut(count: int, parts: int) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
 
 
+@dataclass(frozen=True)
+class Step:
+    """One rank's part in one update.
+
+    Attributes:
+        micro_batches: What this rank computes; equally many on all ranks.
+        examples: Number of examples in the global batch.
+        share: 1.0; or 0.0 where the batch has no example for this rank, which then computes one that does not
+            count, since ranks exchange gradients in every step.
+    """
+
+    micro_batches: Sequence[Batch]
+    examples: int
+    share: float = 1.0
+
+
 def shares(count: int, rank: int, world: int, accumulation: int) -> list[tuple[int, int]]:
     """The ranges of a global batch that one rank computes, one for each micro-batch.
 
-    All ranks get equally many micro-batches.
-
-    Raises:
-        ValueError: there are fewer examples than ranks.
+    All ranks get equally many micro-batches; a rank for which there is no example gets an empty one.
 
     Example:
         >>> shares(8, rank=1, world=2, accumulation=2)
         [(4, 6), (6, 8)]
+        >>> shares(1, rank=1, world=2, accumulation=2)
+        [(1, 1)]
     """
-    parts = min(accumulation, count // world)
-    if parts == 0:
-        raise ValueError(f"a batch of {count} examples is too small for {world} ranks; set drop_last")
+    parts = max(1, min(accumulation, count // world))
     start, stop = cut(count, world)[rank]
     return [(start + a, start + b) for a, b in cut(stop - start, parts)]
 
 
 class Batches(Protocol):
-    """The steps of an epoch, each a list of this rank's micro-batches."""
+    """The steps of an epoch."""
 
     def __len__(self) -> int:
         """Steps per epoch."""
         ...
 
-    def epoch(self, number: int, skip: int = 0) -> Iterator[list[Batch]]:
+    def epoch(self, number: int, skip: int = 0) -> Iterator[Step]:
         """The steps of one epoch, from the one numbered `skip` on."""
         ...
 
@@ -97,6 +126,8 @@ class Batches(Protocol):
 
 class ExampleBatches:
     """Batches drawn from `Examples`: shuffled by seed and epoch, texts of like length together.
+
+    The last batch of the order that is cut may be short; it stands anywhere in the epoch.
 
     Raises:
         ValueError: there are no examples.
@@ -110,8 +141,7 @@ class ExampleBatches:
         self.rank, self.world = rank, world
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.data), self.settings.batch_size)
-        return whole + (rest >= self.world)
+        return -(-len(self.data) // self.settings.batch_size)
 
     def order(self, number: int) -> list[list[int]]:
         """The example numbers of each global batch of an epoch; a function of seed and epoch alone."""
@@ -123,15 +153,16 @@ class ExampleBatches:
             chunks = [order[i : i + size * BUCKET_BATCHES] for i in range(0, len(order), size * BUCKET_BATCHES)]
             order = np.concatenate([c[np.argsort(-lengths[c], kind="stable")] for c in chunks])
         batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
-        batches = [b for b in batches if len(b) >= self.world]
         generator.shuffle(batches)
         return batches
 
-    def epoch(self, number: int, skip: int = 0) -> Iterator[list[Batch]]:
+    def epoch(self, number: int, skip: int = 0) -> Iterator[Step]:
         """See `Batches`."""
         for indices in self.order(number)[skip:]:
             ranges = shares(len(indices), self.rank, self.world, self.settings.accumulation)
-            yield [self.data.batch(indices[a:b]) for a, b in ranges]
+            own = [indices[a:b] for a, b in ranges]
+            share = float(bool(own[0]))
+            yield Step([self.data.batch(part or indices[:1]) for part in own], len(indices), share)
 
     def sample(self) -> Batch:
         """See `Batches`."""
@@ -141,7 +172,10 @@ class ExampleBatches:
 class LoaderBatches:
     """Batches of a user's own loader; each of its batches is the global batch of a step.
 
-    The loader's own shuffling repeats on resume if it draws from PyTorch's default generator, as DataLoader does.
+    Each batch is drawn under random generators that are seeded by the training's seed, the epoch and its place
+    in it: Python's, NumPy's, PyTorch's for the CPU, and the loader's own ``generator``. So its shuffling and what
+    its data set draws (augmentation) repeat on resume, on every rank, and do not disturb the training's own
+    randomness. A sampler with a generator of its own, and workers that persist over epochs, are out of reach.
     """
 
     def __init__(self, loader: Any, settings: Settings, rank: int = 0, world: int = 1) -> None:
@@ -154,22 +188,61 @@ class LoaderBatches:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def epoch(self, number: int, skip: int = 0) -> Iterator[list[Batch]]:
+    def epoch(self, number: int, skip: int = 0) -> Iterator[Step]:
         """See `Batches`."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings.seed * 100_003 + number)
-            batches = iter(self.loader)
-            # The sampler draws its seed with the first batch, so that one is loaded here, and those to skip.
-            head = list(itertools.islice(batches, skip + 1))[skip:]
-        for batch in itertools.chain(head, batches):
-            named = as_batch(batch)
-            ranges = shares(batch_size(named), self.rank, self.world, self.settings.accumulation)
-            yield [rows(named, a, b) for a, b in ranges]
+        for position, batch in enumerate(self._draw(number)):
+            if position < skip:
+                continue
+            count = batch_size(batch)
+            ranges = shares(count, self.rank, self.world, self.settings.accumulation)
+            share = float(ranges[0][1] > ranges[0][0])
+            own = [rows(batch, a, b) if share else rows(batch, 0, 1) for a, b in ranges]
+            yield Step(own, count, share)
 
     def sample(self) -> Batch:
         """See `Batches`."""
-        with torch.random.fork_rng(devices=[]):
-            return rows(as_batch(next(iter(self.loader))), 0, 2)
+        return rows(next(self._draw(0)), 0, 2)
+
+    def _draw(self, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch; the training's generators are put back between them."""
+        batches: Iterator[Any] | None = None
+        own = self.loader.generator if isinstance(self.loader, DataLoader) else None
+        for position in itertools.count():
+            with seeded(self.settings.seed, epoch, position, own=own):
+                batches = iter(self.loader) if batches is None else batches
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+            yield as_batch(batch)
+
+
+@contextmanager
+def seeded(*entropy: int, own: torch.Generator | None = None) -> Iterator[None]:
+    """Seed the CPU's random generators inside the block by some numbers, and put them back afterwards.
+
+    Example:
+        >>> with seeded(1, 2):
+        ...     first = torch.rand(1)
+        >>> with seeded(1, 2):
+        ...     bool(torch.rand(1) == first)
+        True
+    """
+    number = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    # PyTorch's own functions for this would seed the GPUs too.
+    generators = [torch.default_generator, *([] if own is None else [own])]
+    before = random.getstate(), np.random.get_state(), [g.get_state() for g in generators]
+    random.seed(number)
+    np.random.seed(number)
+    for generator in generators:
+        generator.manual_seed(number)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        for generator, state in zip(generators, before[2], strict=True):
+            generator.set_state(state)
 
 
 def as_batches(data: Any, settings: Settings, rank: int = 0, world: int = 1) -> Batches:
@@ -183,7 +256,7 @@ def as_batches(data: Any, settings: Settings, rank: int = 0, world: int = 1) -> 
         return ExampleBatches(data, settings, rank, world)
     if isinstance(data, DataLoader):
         return LoaderBatches(data, settings, rank, world)
-    if callable(getattr(data, "__len__", None)) and callable(getattr(data, "__getitem__", None)):
+    if isinstance(data, Indexed):
         return ExampleBatches(Examples(data), settings, rank, world)
     raise TypeError(
         f"cannot batch a {type(data).__name__}; pass a data set with a length and an index, "

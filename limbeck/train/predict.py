@@ -1,8 +1,8 @@
-"""Predictions of a model over a data set, on every rank's share of it."""
+"""Predictions of a model over a data set; each rank makes all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from limbeck.batch import as_batch, to_device
 from limbeck.metrics import Array
 from limbeck.taps import Read, read_output
 from limbeck.teachers import ModuleInputs
-from limbeck.train.data import Examples
+from limbeck.train.data import Examples, Indexed
 from limbeck.types import LABELS, Batch
 
 
@@ -32,12 +32,21 @@ class Predictions:
 
 
 def eval_batches(data: Any, batch_size: int) -> Iterator[Batch]:
-    """Batches of a data set in order, of `Examples`, a loader, or anything with a length and an index."""
-    if isinstance(data, Examples) or not hasattr(data, "__iter__") or hasattr(data, "__getitem__"):
+    """Batches of a data set in order, of `Examples`, a loader, or anything with a length and an index.
+
+    Raises:
+        TypeError: none of these.
+    """
+    if isinstance(data, (Examples, Indexed)):
         examples = data if isinstance(data, Examples) else Examples(data)
         for start in range(0, len(examples), batch_size):
             yield examples.batch(range(start, min(start + batch_size, len(examples))))
         return
+    if not isinstance(data, Iterable):
+        raise TypeError(
+            f"cannot predict on a {type(data).__name__}; pass a data set with a length and an index, "
+            "a loader or limbeck.Examples"
+        )
     for batch in data:
         yield as_batch(batch)
 

@@ -1,6 +1,7 @@
 """A small training in a process of its own, to be launched on several ranks or killed.
 
-python train.py OUT.safetensors [--folder DIR] [--accumulation N] [--dropout P] [--steps N] [--kill-at N] [--best]
+python train.py OUT.safetensors --ranks N [--folder DIR] [--accumulation N] [--dropout P] [--steps N]
+    [--examples N] [--kill-at STEP] [--stop-at STEP] [--interrupt-at STEP RANK] [--best]
 """
 
 import argparse
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from transformers import BertConfig, BertForSequenceClassification
 
 from limbeck import Callback, Distiller, Examples, Settings, Term, fit
@@ -55,6 +57,17 @@ def distiller(dropout=0.0):
     return Distiller(model(1, 16, dropout, seed=1), model(2, 24, 0.0, seed=2), terms)
 
 
+class StopAt(Callback):
+    """Stops the training after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, state):
+        if state.step == self.step:
+            state.stop = "enough"
+
+
 class KillAt(Callback):
     """Ends the process without any warning after a step."""
 
@@ -66,6 +79,23 @@ class KillAt(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def say(text):
+    """Print on every rank, in one piece."""
+    os.write(1, f"rank {os.environ.get('RANK', '0')}: {text}\n".encode())
+
+
+def interrupt_at(trained, step, rank):
+    """Press Ctrl-C on one rank in the middle of an update."""
+    calls = [0]
+
+    def count(*arguments):
+        calls[0] += trained.training
+        if calls[0] == step and int(os.environ.get("RANK", "0")) == rank:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trained.register_forward_pre_hook(count)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
@@ -74,6 +104,10 @@ def main():
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--kill-at", type=int, default=0)
+    parser.add_argument("--stop-at", type=int, default=0)
+    parser.add_argument("--interrupt-at", type=int, nargs=2, default=None)
+    parser.add_argument("--examples", type=int, default=37)
+    parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--best", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -90,8 +124,17 @@ def main():
     )
     trained = distiller(arguments.dropout)
     callbacks = [KillAt(arguments.kill_at)] if arguments.kill_at else []
-    data = examples()
-    fit(trained, data, data, settings, callbacks=callbacks, folder=arguments.folder)
+    callbacks += [StopAt(arguments.stop_at)] if arguments.stop_at else []
+    if arguments.interrupt_at:
+        interrupt_at(trained, *arguments.interrupt_at)
+    data = examples(arguments.examples)
+    try:
+        result = fit(trained, data, data, settings, callbacks=callbacks, folder=arguments.folder)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return
+    assert Accelerator().num_processes == arguments.ranks
+    say(f"{result.stopped} after {result.steps}")
     if int(os.environ.get("RANK", "0")) == 0:
         save_weights(trained, arguments.out)
 

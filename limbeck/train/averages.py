@@ -1,0 +1,43 @@
+"""Running means of the terms between two lines of the log, kept on the device and over an interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Averages:
+    """Sums of each term over the steps since the last line of the log."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def add(self, terms: Mapping[str, Tensor], share: float) -> None:
+        """Add what one micro-batch gives to the terms of its step."""
+        for name, value in terms.items():
+            value = value * share
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def means(self, accelerator: Any) -> dict[str, float]:
+        """The mean of each term over steps and ranks; this waits for the device."""
+        if not self.sums:
+            return {}
+        values = torch.stack([value.float() for value in self.sums.values()]) / self.steps
+        return dict(zip(self.sums, accelerator.reduce(values, "mean").tolist(), strict=True))
+
+    def reset(self) -> None:
+        """Begin anew, after a line was written."""
+        self.sums, self.steps = {}, 0
+
+    def kept(self) -> dict[str, Any]:
+        """What a checkpoint holds of this; each rank has sums of its own."""
+        return {"sums": self.sums, "steps": self.steps}
+
+    def restore(self, kept: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from what `kept` gave."""
+        self.sums = {name: value.to(device) for name, value in kept["sums"].items()}
+        self.steps = kept["steps"]
