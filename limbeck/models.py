@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from limbeck.pretrained import quiet_transformers
 from limbeck.recipe import Depths, Recipe, StudentSpec
 from limbeck.registry import check_options, import_object
 from limbeck.students.depth import count_layers, find_layers, take_layers
 from limbeck.tasks import Loaded, Task
-from limbeck.tasks.text import quiet_transformers
 from limbeck.train.checkpoint import load_weights, save_weights
 
 STORE = Path("~/.cache/limbeck")

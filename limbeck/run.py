@@ -20,7 +20,7 @@ from limbeck.recipe import Recipe, plain_terms
 from limbeck.report import Report, write_report
 from limbeck.stage import Stage, StageResult
 from limbeck.summary import Summary
-from limbeck.tasks import TRAIN, VALIDATION, Loaded, Task, is_regression, make_task
+from limbeck.tasks import HOLDOUT, TRAIN, VALIDATION, Loaded, Task, is_regression, make_task
 from limbeck.terms import Term
 from limbeck.train import Callback, Examples, Settings, read_log
 from limbeck.train.data import ExampleBatches
@@ -30,7 +30,6 @@ RECIPE, LOG, MADE_BY, REPORT = "recipe.yaml", "log.jsonl", "made-by.json", "repo
 OWN = (RECIPE, LOG, MADE_BY, REPORT, "report.html", "README.md", "student", "checkpoints")
 """All that a run writes into its folder, and all that overwriting deletes of it."""
 
-HOLDOUT = "holdout"
 THROUGHPUT_BATCH = 32
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from limbeck import Callback, Distiller, Examples, Settings, Term, fit
+from limbeck.testing import BackendContract
 from limbeck.train import JsonLog, predict, read_log
 from limbeck.train.data import ExampleBatches, LoaderBatches, as_batches
 from limbeck.train.ranks import any_without_gradient
@@ -433,3 +434,7 @@ def test_distiller_is_left_in_eval_mode_and_student_without_hooks():
     fit(distiller, items(), settings=Settings(steps=2))
     assert not distiller.training
     assert all(not m._forward_hooks for m in distiller.export().modules())
+
+
+class TestFitIsABackend(BackendContract):
+    fit = fit

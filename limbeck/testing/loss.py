@@ -1,7 +1,4 @@
-"""Conformance suites: what every loss and every teacher has to do, for authors of plug-ins to run on their own.
-
-Subclass a contract in a test file, say what the object promises, and pytest runs the inherited tests. They are
-plain methods with plain assertions, so that `run` works where pytest is not installed.
+"""What every loss has to do.
 
 Shape legend: B examples, L positions, D features or classes.
 """
@@ -12,50 +9,16 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
-from unittest import SkipTest
 
 import torch
 from torch import Tensor
 
-from limbeck.batch import batch_size, map_tensors, rows
 from limbeck.losses import LOSSES
 from limbeck.reduce import masked_mean
-from limbeck.teachers import Teacher
-from limbeck.types import Batch
+from limbeck.testing.checks import EXACT, close, is_floating, require, skip_unless
 
 Example = dict[str, Tensor]
 """What a loss is called with: ``student``, ``teacher`` and whatever else it asks for by name."""
-EXACT = 1e-9
-"""Relative and absolute tolerance of comparisons in float64."""
-
-
-def run(contract: type) -> list[str]:
-    """Run every test of a contract, without pytest.
-
-    Args:
-        contract: A subclass of `LossContract` or `TeacherContract`.
-
-    Returns:
-        The names of the tests that passed; those that do not apply are left out.
-
-    Raises:
-        AssertionError: a test failed.
-
-    Example:
-        >>> class TestForwardKL(LossContract):
-        ...     loss = "forward_kl"
-        ...     logits = shift_invariant = True
-        >>> len(run(TestForwardKL))
-        13
-    """
-    passed = []
-    for name in sorted(n for n in dir(contract) if n.startswith("test_")):
-        try:
-            getattr(contract(), name)()
-        except SkipTest:
-            continue
-        passed.append(name)
-    return passed
 
 
 class LossContract:
@@ -137,25 +100,25 @@ class LossContract:
         for leading, example in zip(self.leading, self.examples(), strict=True):
             values = self.call(example)
             kept = values.shape[: len(leading)] == leading or (values.ndim == 0 and not self.per_example)
-            _require(kept, f"inputs with {leading} give values {tuple(values.shape)}")
+            require(kept, f"inputs with {leading} give values {tuple(values.shape)}")
 
     def test_is_zero_at_equality(self) -> None:
         """Value and gradient vanish where the student equals the teacher."""
-        _skip_unless(self.identity, "identity")
+        skip_unless(self.identity, "identity")
         for example in self.examples():
             equal = self.at_equality(example)
             _, gradient = self.gradient(equal)
             worst, steepest = self.call(equal).abs().max().item(), gradient.abs().max().item()
-            _require(worst <= EXACT, f"a value at equality is {worst}")
-            _require(steepest <= EXACT, f"the gradient at equality is {steepest}")
+            require(worst <= EXACT, f"a value at equality is {worst}")
+            require(steepest <= EXACT, f"the gradient at equality is {steepest}")
 
     def test_is_never_negative(self) -> None:
         """No value is below zero, far from the teacher and near it."""
-        _skip_unless(self.non_negative, "non_negative")
+        skip_unless(self.non_negative, "non_negative")
         for example in self.examples():
             for scale in (0.01, 1.0, 100.0):
                 lowest = self.call({**example, "student": scale * example["student"]}).min()
-                _require(lowest >= -EXACT, f"the value is {lowest.item()} with the student times {scale}")
+                require(lowest >= -EXACT, f"the value is {lowest.item()} with the student times {scale}")
 
     def test_follows_a_permutation_of_the_examples(self) -> None:
         """Other order, same values in that order."""
@@ -163,30 +126,30 @@ class LossContract:
             values = self.call(example)
             order = torch.arange(len(example["student"])).roll(1)
             moved = self.call({name: tensor[order] for name, tensor in example.items()})
-            _close(moved, values[order] if values.ndim else values, "in another order")
+            close(moved, values[order] if values.ndim else values, "in another order")
 
     def test_ignores_a_constant_added_to_the_logits(self) -> None:
         """A constant on all logits of a position changes neither value nor gradient."""
-        _skip_unless(self.shift_invariant, "shift_invariant")
+        skip_unless(self.shift_invariant, "shift_invariant")
         for example in self.examples():
             shift = torch.linspace(-50.0, 50.0, example["student"][..., 0].numel(), dtype=torch.float64)
             shift = shift.view(example["student"].shape[:-1]).unsqueeze(-1)
             moved = {**example, "student": example["student"] + shift}
-            if _floating(example["teacher"]):
+            if is_floating(example["teacher"]):
                 moved["teacher"] = example["teacher"] - 2 * shift
             for ours, before in zip(self.gradient(moved), self.gradient(example), strict=True):
-                _close(ours, before, "with a constant added")
+                close(ours, before, "with a constant added")
 
     def test_gives_a_gradient_to_the_student_alone(self) -> None:
         """The student's gradient is not zero, and the teacher gets none."""
         for example in self.examples():
-            floating = {n: t.clone().requires_grad_() for n, t in example.items() if _floating(t)}
+            floating = {n: t.clone().requires_grad_() for n, t in example.items() if is_floating(t)}
             values = self.call({**example, **floating})
-            _require(values.requires_grad, "the student gets no gradient")
+            require(values.requires_grad, "the student gets no gradient")
             sides = [floating[side] for side in ("student", "teacher") if side in floating]
             gradient, *teacher = torch.autograd.grad(values.sum(), sides, allow_unused=True)
-            _require(gradient is not None and gradient.any(), "the student's gradient is zero")
-            _require(teacher in ([], [None]), "the teacher gets a gradient; detach it")
+            require(gradient is not None and gradient.any(), "the student's gradient is zero")
+            require(teacher in ([], [None]), "the teacher gets a gradient; detach it")
 
     def test_gradient_is_the_derivative(self) -> None:
         """Autograd agrees with finite differences in float64."""
@@ -198,11 +161,11 @@ class LossContract:
         """In float16 and bfloat16 the value is that of the same numbers in float32, within `half_bound`."""
         for dtype in (torch.float16, torch.bfloat16):
             for example in self.examples():
-                half = {n: t.to(dtype) if _floating(t) else t for n, t in example.items()}
-                full = {n: t.float() if _floating(t) else t for n, t in half.items()}
+                half = {n: t.to(dtype) if is_floating(t) else t for n, t in example.items()}
+                full = {n: t.float() if is_floating(t) else t for n, t in half.items()}
                 values, reference = self.call(half).float(), self.call(full)
                 off = ((values - reference).abs() / (1 + reference.abs())).max().item()
-                _require(
+                require(
                     off <= self.half_bound,
                     f"{dtype}: values are up to {off:.4f} off, more than {self.half_bound}",
                 )
@@ -211,15 +174,15 @@ class LossContract:
 
     def test_extreme_inputs_stay_finite(self) -> None:
         """Large, zero and masked inputs and a batch of one give finite values and gradients, or a ValueError."""
-        example = {n: t.float() if _floating(t) else t for n, t in self.example(*self.leading[0]).items()}
+        example = {n: t.float() if is_floating(t) else t for n, t in self.example(*self.leading[0]).items()}
         for what, extreme in self._extremes(example).items():
             try:
                 value, gradient = self.gradient(extreme)
             except ValueError as refusal:
-                _require(str(refusal) != "", f"{what}: a refusal says why")
+                require(str(refusal) != "", f"{what}: a refusal says why")
                 continue
-            _require(value.isfinite(), f"{what}: the value is {value.item()}")
-            _require(gradient.isfinite().all(), f"{what}: the gradient is not finite")
+            require(value.isfinite(), f"{what}: the value is {value.item()}")
+            require(gradient.isfinite().all(), f"{what}: the gradient is not finite")
 
     def test_leaves_its_inputs_alone(self) -> None:
         """Nothing is changed in place."""
@@ -228,7 +191,7 @@ class LossContract:
             self.gradient(example)
             self.call(example)
             for name, tensor in example.items():
-                _require(torch.equal(tensor, before[name]), f"{name!r} was changed in place")
+                require(torch.equal(tensor, before[name]), f"{name!r} was changed in place")
 
     def test_does_not_depend_on_padding(self) -> None:
         """More padding changes nothing, and padding gets no gradient at all."""
@@ -238,9 +201,9 @@ class LossContract:
         mask = _pad("mask", torch.ones(leading))
         value, gradient = self.gradient(padded, mask)
         expected, expected_gradient = self.gradient(example, torch.ones(leading))
-        _close(value, expected, "with more padding")
-        _close(gradient[:, : leading[1]], expected_gradient, "with more padding")
-        _require(not gradient[:, leading[1] :].any(), "padding gets a gradient")
+        close(value, expected, "with more padding")
+        close(gradient[:, : leading[1]], expected_gradient, "with more padding")
+        require(not gradient[:, leading[1] :].any(), "padding gets a gradient")
 
     def test_masked_positions_do_not_leak(self) -> None:
         """Not even an infinity or a NaN at a masked position reaches the value or another position."""
@@ -248,19 +211,19 @@ class LossContract:
         example = self.example(*leading)
         mask = torch.arange(leading[0] * leading[1]).view(leading) % 3 > 0
         value, gradient = self.gradient(example, mask)
-        _require(not gradient[~mask].any(), "a masked position gets a gradient")
+        require(not gradient[~mask].any(), "a masked position gets a gradient")
         for poison in (float("inf"), float("nan")):
             poisoned = {
-                name: torch.where(_behind(mask, tensor), tensor, poison) if _floating(tensor) else tensor
+                name: torch.where(_behind(mask, tensor), tensor, poison) if is_floating(tensor) else tensor
                 for name, tensor in example.items()
             }
             ours, its_gradient = self.gradient(poisoned, mask)
-            _close(ours, value, f"with {poison} at masked positions")
-            _close(its_gradient[mask], gradient[mask], f"with {poison} at masked positions")
+            close(ours, value, f"with {poison} at masked positions")
+            close(its_gradient[mask], gradient[mask], f"with {poison} at masked positions")
 
     def test_does_not_depend_on_the_cut(self) -> None:
         """Parts of a batch, each divided by the count of the whole, sum up to the batch."""
-        _skip_unless(self.per_example, "per_example")
+        skip_unless(self.per_example, "per_example")
         for leading, example in zip(self.leading, self.examples(), strict=True):
             mask = torch.arange(torch.Size(leading).numel()).view(leading) % 4 != 1
             value, gradient = self.gradient(example, mask)
@@ -269,13 +232,13 @@ class LossContract:
                 self.gradient({n: t[cut] for n, t in example.items()}, mask[cut], float(mask.sum()))
                 for cut in pieces
             ]
-            _close(parts[0][0] + parts[1][0], value, "cut in two")
-            _close(torch.cat([g for _, g in parts]), gradient, "cut in two")
+            close(parts[0][0] + parts[1][0], value, "cut in two")
+            close(torch.cat([g for _, g in parts]), gradient, "cut in two")
 
     def _sequences(self) -> tuple[int, int]:
         """The first (B, L) of `leading`."""
         found = [leading for leading in self.leading if len(leading) == 2]
-        _skip_unless(bool(found), "leading with positions")
+        skip_unless(bool(found), "leading with positions")
         batch, length = found[0]
         return batch, length
 
@@ -287,7 +250,7 @@ class LossContract:
             "student zero": {**example, "student": 0 * student},
             "batch of one": {name: tensor[:1] for name, tensor in example.items()},
         }
-        if _floating(teacher):
+        if is_floating(teacher):
             extremes["both times 1e4"] = {**example, "student": 1e4 * student, "teacher": 1e4 * teacher}
             extremes["teacher zero"] = {**example, "teacher": zero_teacher}
             extremes["both zero"] = {**example, "student": 0 * student, "teacher": zero_teacher}
@@ -295,135 +258,9 @@ class LossContract:
             impossible = torch.zeros_like(student)
             impossible[..., -1] = -float("inf")
             extremes["a class at -inf"] = {**example, "student": student + impossible}
-            if _floating(teacher):
+            if is_floating(teacher):
                 extremes["a class at -inf"]["teacher"] = teacher + impossible
         return extremes
-
-
-class TeacherContract:
-    """What a teacher has to do, whatever it stands on: a module, an ensemble, a cache, a server.
-
-    Attributes:
-        wants: Taps that the teacher has.
-        wrong_tap: A tap that it does not have.
-        tolerance: Relative and absolute tolerance between two signals for the same examples.
-
-    Example:
-        >>> from torch import nn
-        >>> from limbeck.teachers import ModuleTeacher
-        >>> class TestLinear(TeacherContract):
-        ...     wants = ("logits", "0")
-        ...     def teacher(self):
-        ...         torch.manual_seed(0)
-        ...         return ModuleTeacher(nn.Sequential(nn.Linear(4, 3), nn.Tanh()))
-        ...     def batch(self):
-        ...         return {"input": torch.linspace(0.0, 1.0, 12).view(3, 4)}
-        >>> len(run(TestLinear))
-        9
-    """
-
-    wants: Sequence[str] = ("logits",)
-    wrong_tap: str = "no.such.module"
-    tolerance: float = 1e-5
-
-    def teacher(self) -> Teacher:
-        """Make the teacher; every call gives the same one or an equal one."""
-        raise NotImplementedError
-
-    def batch(self) -> Batch:
-        """Make a batch of two or more different examples."""
-        raise NotImplementedError
-
-    def test_is_a_teacher(self) -> None:
-        """It has the methods of the protocol."""
-        _require(isinstance(self.teacher(), Teacher), "it lacks offers, names or signal")
-
-    def test_offers_what_it_gives(self) -> None:
-        """Every wanted tap is offered, and so is every tap that is suggested to a user."""
-        teacher = self.teacher()
-        for tap in (*self.wants, *teacher.names()):
-            _require(teacher.offers(tap), f"{tap!r} is not offered")
-
-    def test_does_not_offer_a_wrong_tap(self) -> None:
-        """A tap that is not there is not offered, and asking for it is a ValueError that names it."""
-        teacher = self.teacher()
-        _require(not teacher.offers(self.wrong_tap), f"{self.wrong_tap!r} is offered")
-        try:
-            teacher.signal(self.batch(), [self.wrong_tap])
-        except ValueError as refusal:
-            _require(self.wrong_tap in str(refusal), f"the message does not name the tap: {refusal}")
-        else:
-            raise AssertionError(f"{self.wrong_tap!r} gave a signal")
-
-    def test_gives_what_is_wanted(self) -> None:
-        """A signal holds the wanted taps and no others, in any number and order."""
-        teacher, batch = self.teacher(), self.batch()
-        for wants in ([*self.wants], [*self.wants][::-1], [self.wants[0]]):
-            _require(set(teacher.signal(batch, wants).values) == set(wants), f"wanted {wants}")
-
-    def test_one_row_per_example(self) -> None:
-        """The first dimension of every tensor counts the examples."""
-        for tap, tensor in self._signal(self.batch()).items():
-            _require(len(tensor) == batch_size(self.batch()), f"{tap!r} has shape {tuple(tensor.shape)}")
-
-    def test_gives_no_gradient(self) -> None:
-        """No tensor carries a gradient, although gradients are enabled."""
-        with torch.enable_grad():
-            signal = self._signal(self.batch())
-        for tap, tensor in signal.items():
-            _require(not tensor.requires_grad, f"{tap!r} carries a gradient")
-
-    def test_is_deterministic(self) -> None:
-        """The same examples give the same signal, whatever the random state: nothing is dropped out."""
-        first = self._signal(self.batch())
-        with torch.random.fork_rng():
-            torch.manual_seed(12345)
-            self._compare(self._signal(self.batch()), first, "the second time")
-
-    def test_leaves_the_batch_alone(self) -> None:
-        """Nothing in the batch is changed in place."""
-        batch, before = self.batch(), map_tensors(self.batch(), torch.clone)
-        self.teacher().signal(batch, list(self.wants))
-        self._compare(_flat(batch), _flat(before), "after the call")
-
-    def test_does_not_depend_on_order_or_company(self) -> None:
-        """Examples in another order give the same rows in that order, and an example alone gives its row."""
-        batch, size = self.batch(), batch_size(self.batch())
-        together = self._signal(batch)
-        order = torch.arange(size).roll(1)
-        moved = self._signal(map_tensors(batch, lambda t: t[order] if t.ndim and len(t) == size else t))
-        self._compare(moved, {tap: tensor[order] for tap, tensor in together.items()}, "in another order")
-        alone = self._signal(rows(batch, 0, 1))
-        self._compare(alone, {tap: tensor[:1] for tap, tensor in together.items()}, "alone")
-
-    def _signal(self, batch: Batch) -> dict[str, Tensor]:
-        signal = self.teacher().signal(batch, list(self.wants))
-        return {tap: signal[tap] for tap in self.wants}
-
-    def _compare(self, ours: Mapping[str, Tensor], expected: Mapping[str, Tensor], when: str) -> None:
-        for tap, tensor in expected.items():
-            _close(ours[tap], tensor, f"{tap!r} {when}", self.tolerance)
-
-
-def _require(condition: bool | Tensor, message: str) -> None:
-    """Assert, with nothing but our message, also under ``python -O``."""
-    if not condition:
-        raise AssertionError(message)
-
-
-def _skip_unless(promised: bool, what: str) -> None:
-    if not promised:
-        raise SkipTest(f"the contract does not promise: {what}")
-
-
-def _close(ours: Tensor, expected: Tensor, when: str, tolerance: float = EXACT) -> None:
-    torch.testing.assert_close(
-        ours, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"differs {when}: {text}"
-    )
-
-
-def _floating(tensor: Tensor) -> bool:
-    return tensor.is_floating_point()
 
 
 def _behind(mask: Tensor, tensor: Tensor) -> Tensor:
@@ -436,15 +273,6 @@ def _pad(name: str, tensor: Tensor) -> Tensor:
     more = tensor[:, :1].expand(-1, 3, *tensor.shape[2:])
     if name == "mask":
         more = torch.zeros_like(more)
-    elif _floating(tensor):
+    elif is_floating(tensor):
         more = 100.0 * more + 50.0
     return torch.cat([tensor, more], dim=1)
-
-
-def _flat(batch: Batch) -> dict[str, Tensor]:
-    """The tensors of a batch by name."""
-    found: dict[str, Tensor] = {}
-    for key, value in batch.items():
-        entries = value if isinstance(value, tuple) else (value,)
-        found |= {f"{key}.{i}": entry for i, entry in enumerate(entries) if isinstance(entry, Tensor)}
-    return found
