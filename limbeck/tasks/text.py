@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from limbeck.metrics import check_metrics
-from limbeck.pretrained import first_line, load_tokenizer, load_with_head, quiet_transformers
+from limbeck.pretrained import load_tokenizer, load_with_head
 from limbeck.tasks.base import Loaded, Rows
 from limbeck.train import Examples
 from limbeck.types import EXAMPLE_ID, LABELS
 
-__all__ = ["Padding", "TextTask", "first_line", "quiet_transformers"]  # the last two until their users move
+__all__ = ["Padding", "TextTask"]
 
 
 @dataclass(frozen=True)
