@@ -20,8 +20,8 @@ PACKAGE = ROOT / "limbeck"
 # A module imports only from lower lines, and from its own folder.
 LAYERS = [
     "types registry shapes stopwatch atomic",
-    "batch metrics pretrained",
-    "reduce losses taps projectors",
+    "batch metrics pretrained reduce schedules",
+    "losses taps projectors",
     "terms teachers students",
     "distiller",
     "train report",

@@ -1,22 +1,18 @@
-"""The losses, by name: ``LOSSES.get("forward_kl")``. A new one is a decorated function in its family's file."""
+"""The losses, by name: ``LOSSES.get("forward_kl")`` or ``from limbeck.losses import forward_kl``.
 
-from limbeck.losses.base import FAMILIES, LOSSES, SUPPLIED, Loss, full_precision, loss, same_shape
-from limbeck.losses.features import cosine, mse
-from limbeck.losses.labels import cross_entropy, label_mse
-from limbeck.losses.logits import forward_kl, soft_cross_entropy
+A new one is a decorated function in its family's file and is listed nowhere else.
+"""
 
-__all__ = [
-    "FAMILIES",
-    "LOSSES",
-    "SUPPLIED",
-    "Loss",
-    "cosine",
-    "cross_entropy",
-    "forward_kl",
-    "full_precision",
-    "label_mse",
-    "loss",
-    "mse",
-    "same_shape",
-    "soft_cross_entropy",
-]
+from __future__ import annotations
+
+from typing import Any
+
+from limbeck.losses.base import FAMILIES, LOSSES, SUPPLIED, Loss, full_precision, loss, same_shape, traits_of
+
+__all__ = ["FAMILIES", "LOSSES", "SUPPLIED", "Loss", "full_precision", "loss", "same_shape", "traits_of"]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_") or name in FAMILIES or name not in set(LOSSES):
+        raise AttributeError(f"module 'limbeck.losses' has no attribute {name!r}")
+    return LOSSES.get(name)

@@ -1,15 +1,20 @@
 """What every loss is: a function ``(student, teacher, *, options) -> one value per position``.
 
 A loss reduces over classes or features, never over positions: `limbeck.reduce` does that, with the right count.
-Keyword-only parameters named in `SUPPLIED` are filled in by the Distiller when a loss asks for them; all others
-are the user's options and are checked when a term is built.
+Keyword-only parameters named in `SUPPLIED` are filled in by the Distiller when a loss asks for them, and so are
+those that it `learns`; all others are the user's options and are checked when a term is built.
+
+A loss over several places of a model (a flow between two layers, queries with keys) takes a tuple of tensors on
+each side.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -17,8 +22,11 @@ from torch import Tensor
 from limbeck.registry import Registry
 from limbeck.shapes import mismatch
 
-SUPPLIED = frozenset({"mask", "labels"})
-FAMILIES = ("logits", "features", "labels")
+SUPPLIED = frozenset({"mask", "labels", "example_id"})
+"""What the Distiller takes from the batch for a loss that asks: the term's mask, ``labels``, ``example_id``."""
+
+FAMILIES = ("logits", "targets", "ranking", "features", "maps", "attention", "relations", "contrastive", "labels")
+"""The modules of this package that hold losses."""
 
 
 class Loss(Protocol):
@@ -42,8 +50,46 @@ def _import_families() -> None:
 LOSSES: Registry[Callable[..., Tensor]] = Registry("loss", load=_import_families)
 
 
-def loss(function: F) -> F:
-    """Register a loss under its function's name; used as a decorator.
+@dataclass(frozen=True)
+class Traits:
+    """What a loss brings along, beside its formula.
+
+    Attributes:
+        project: The projection that belongs to the method, used where a term names none.
+        learns: Keyword-only parameters that are modules trained with the student, each with the name of the
+            projection kind that makes it, ``{"variance": "channel_variance"}``. The Distiller builds, sizes,
+            trains and saves them; a caller of the bare function passes them itself.
+    """
+
+    project: str | None = None
+    learns: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+_TRAITS: dict[Callable[..., Any], Traits] = {}
+
+
+def traits_of(function: Callable[..., Any]) -> Traits:
+    """What a loss declared with `loss`; a plain function declares nothing."""
+    return _TRAITS.get(function, Traits())
+
+
+@overload
+def loss(function: F) -> F: ...
+
+
+@overload
+def loss(*, project: str | None = None, learns: Mapping[str, str] | None = None) -> Callable[[F], F]: ...
+
+
+def loss(
+    function: F | None = None, *, project: str | None = None, learns: Mapping[str, str] | None = None
+) -> F | Callable[[F], F]:
+    """Register a loss under its function's name; used as a decorator, with or without what the loss brings along.
+
+    Args:
+        function: The loss.
+        project: See `Traits`.
+        learns: See `Traits`.
 
     Example:
         >>> from limbeck.losses import LOSSES, loss
@@ -53,7 +99,12 @@ def loss(function: F) -> F:
         >>> LOSSES.get("squared") is squared
         True
     """
-    return LOSSES.register(function)
+
+    def add(function: F) -> F:
+        _TRAITS[function] = Traits(project, MappingProxyType(dict(learns or {})))
+        return LOSSES.register(function)
+
+    return add if function is None else add(function)
 
 
 def full_precision(tensor: Tensor) -> Tensor:

@@ -79,8 +79,13 @@ class LossContract:
         found = found.__func__ if isinstance(found, staticmethod) else found
         function = LOSSES.get(found) if isinstance(found, str) else found
         asked = {name: tensor for name, tensor in example.items() if name not in ("student", "teacher")}
-        values: Tensor = function(example["student"], example["teacher"], **self.options, **asked)
+        sides = (self.cut(example["student"]), self.cut(example["teacher"]))
+        values: Tensor = function(*sides, **self.options, **asked)
         return values
+
+    def cut(self, tensor: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Cut a side of the example into the tensors that the loss takes; override it where it takes several."""
+        return tensor
 
     def gradient(
         self, example: Example, mask: Tensor | None = None, count: float | None = None

@@ -1,0 +1,1 @@
+"""Losses between attention patterns, given or recomputed from queries, keys and values."""

@@ -1,0 +1,1 @@
+"""Losses between scores of several candidates, or several labels at once."""
