@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from limbeck.report import Report as Report
     from limbeck.run import distill as distill
     from limbeck.students import take_layers as take_layers
+    from limbeck.teachers import Self as Self
     from limbeck.terms import Term as Term
     from limbeck.terms import layer_pairs as layer_pairs
+    from limbeck.terms import self_distillation as self_distillation
     from limbeck.terms import spread as spread
     from limbeck.train import Callback as Callback
     from limbeck.train import Examples as Examples
@@ -36,8 +38,10 @@ _HOMES = {
     "Report": "limbeck.report",
     "distill": "limbeck.run",
     "take_layers": "limbeck.students",
+    "Self": "limbeck.teachers",
     "Term": "limbeck.terms",
     "layer_pairs": "limbeck.terms",
+    "self_distillation": "limbeck.terms",
     "spread": "limbeck.terms",
     "Callback": "limbeck.train",
     "Examples": "limbeck.train",

@@ -130,4 +130,12 @@ def mask_key(shape: torch.Size, batch: Batch) -> str | None:
         mask = batch.get(key)
         if isinstance(mask, Tensor) and mask.ndim == 2 and len(shape) == 3 and mask.shape == shape[:2]:
             return key
+    mask = batch.get(ATTENTION_MASK)  # attention maps (B, heads, L, L)
+    if (
+        isinstance(mask, Tensor)
+        and len(shape) == 4
+        and shape[2] == shape[3]
+        and mask.shape == (shape[0], shape[2])
+    ):
+        return ATTENTION_MASK
     return None

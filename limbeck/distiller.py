@@ -1,56 +1,23 @@
-"""The Distiller: the one module that holds a student and everything that trains with it."""
+"""The Distiller: the one module that holds a student and the objective that trains with it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from limbeck.batch import (
-    ATTENTION_MASK,
-    as_batch,
-    batch_size,
-    from_call,
-    mask_key,
-    rows,
-    valid_positions,
-)
-from limbeck.projectors import Projector, build_projector
-from limbeck.reduce import blank, masked_mean
+from limbeck.batch import as_batch, from_call, rows
+from limbeck.objective import Objective, PlannedTerm, in_term, where
 from limbeck.registry import nearest
 from limbeck.stopwatch import Stopwatch
 from limbeck.taps import Read, Recorder, Tap, read_output, resolve
-from limbeck.teachers import ModuleInputs, ModuleTeacher, Teacher, TeacherLike, as_teacher, record
+from limbeck.teachers import ModuleInputs, ModuleTeacher, Self, Teacher, TeacherLike, as_teacher, record
 from limbeck.terms import Term
-from limbeck.types import LABELS, Batch, Output, Signal
-
-EXAMPLES = "examples"
-
-
-@dataclass(frozen=True)
-class PlannedTerm:
-    """What the preflight found out about one term.
-
-    Attributes:
-        term: The term.
-        student_shape: Shape of what is read from the student, for two examples.
-        teacher_shape: Shape of what it is compared with.
-        mask: Which entry of the batch masks it, or None.
-        value: Its unweighted value before any training.
-        parameters: Number of parameters of its projection.
-    """
-
-    term: Term
-    student_shape: tuple[int, ...]
-    teacher_shape: tuple[int, ...]
-    mask: str | None
-    value: float
-    parameters: int
+from limbeck.types import Batch, Output, Signal
 
 
 class Distiller(nn.Module):
@@ -65,6 +32,8 @@ class Distiller(nn.Module):
         teacher: A module, a function that makes one, ``(class, args, kwargs)``, the path or hub id of a
             transformers model, any `Teacher`; or None where all terms read labels (plain training).
         terms: What is to be learned, each term under a name of its own.
+        balance: How the terms become one loss, by name or as ``{"kind": name, **options}``: ``"static"``,
+            ``"uncertainty"``, ``"matched_scale"``, ``"gradient_norm"``.
         read: Names the student's outputs where they have no names: ``lambda out: {"logits": out[0]}``.
         teacher_read: The same for the teacher; by default `read`.
         sample: A batch to check everything on at once; without it that happens on the first batch.
@@ -88,21 +57,18 @@ class Distiller(nn.Module):
         teacher: TeacherLike | None,
         terms: Sequence[Term],
         *,
+        balance: str | Mapping[str, Any] = "static",
         read: Read | None = None,
         teacher_read: Read | None = None,
         sample: Any = None,
     ) -> None:
         super().__init__()
-        self.terms = _checked_terms(terms)
         self.student = student
         self.teacher = None if teacher is None else as_teacher(teacher, teacher_read or read)
         _check_apart(student, self.teacher)
-        self.projections = nn.ModuleDict(
-            {_key(t): build_projector(t.project) for t in terms if t.project is not None}
-        )
-        self.wants = tuple(dict.fromkeys(t.teacher_tap for t in terms if not t.reads_labels))
+        self.objective = Objective(terms, balance, self._borrow)
+        self.wants = tuple(dict.fromkeys(tap for t in terms if not t.reads_labels for tap in t.teacher_taps))
         self.teacher_watch = Stopwatch()
-        self._losses = {t.name: t.bound() for t in terms}
         self.read = read
         self._call = ModuleInputs(student)
         self._recorder = Recorder(student, self._student_taps(), read)
@@ -112,13 +78,23 @@ class Distiller(nn.Module):
         if sample is not None:
             self.preflight(sample)
 
-    def forward(self, *inputs: Any, counts: Mapping[str, float] | None = None, **named: Any) -> Any:
+    def forward(
+        self,
+        *inputs: Any,
+        counts: Mapping[str, float] | None = None,
+        progress: float | None = None,
+        measure: bool = False,
+        **named: Any,
+    ) -> Any:
         """Distil one batch in training mode; run the student alone in eval mode.
 
         Args:
             *inputs: The student's inputs in order, the labels last: ``distiller(x, y)``. With ``labels=`` among
                 the named entries, all of them are inputs.
             counts: Numbers of valid positions in the whole step, from `count`, when this batch is a part of it.
+            progress: Where training is, from 0 to 1; needed where a weight or an option is scheduled.
+            measure: Whether to measure each term's gradient in the student, at the price of one backward pass
+                for each.
             **named: The batch by name: ``distiller(**batch)``.
 
         Returns:
@@ -129,18 +105,30 @@ class Distiller(nn.Module):
         batch = from_call(inputs, named)
         if not self._checked:
             self.preflight(batch)
-        return self.distil(batch, counts)
+        return self.distil(batch, counts, progress, measure)
 
-    def distil(self, batch: Batch, counts: Mapping[str, float] | None = None) -> Output:
+    def distil(
+        self,
+        batch: Batch,
+        counts: Mapping[str, float] | None = None,
+        progress: float | None = None,
+        measure: bool = False,
+    ) -> Output:
         """One step up to the loss, whatever the mode; `forward` in training mode."""
         teacher = self._teach(batch)
         output, seen = record(self._recorder, lambda **extra: self._call(batch, **extra))
         student = Signal(seen)
         self._check_gradients(student)
-        values = {t.name: self._value(t, student, teacher, batch, counts) for t in self.terms}
-        loss = torch.stack([t.weight * values[t.name] for t in self.terms]).sum()
-        detached = {name: value.detach() for name, value in values.items()}
-        return Output(loss, self._logits(seen, output), detached)
+        measured = tuple(self.student.parameters()) if measure else None
+        result: Output = self.objective(student, teacher or _detached(student), batch, counts, progress, measured)
+        if counts is None and self.training:  # a whole step; of a part, the backend tells when all are there
+            self.objective.observe(result.terms, progress, result.gradients)
+        return replace(result, logits=self._logits(seen, output))
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The terms of the objective."""
+        return self.objective.terms
 
     def count(self, batch: Any) -> dict[str, float]:
         """Count the valid positions of a batch, for each mask that a term may use.
@@ -153,13 +141,7 @@ class Distiller(nn.Module):
             >>> distiller.count((torch.zeros(3, 2), torch.tensor([0, 1, -100])))
             {'examples': 3.0, 'labels': 2.0}
         """
-        batch = as_batch(batch)
-        counts = {EXAMPLES: float(batch_size(batch))}
-        for key in dict.fromkeys((ATTENTION_MASK, LABELS, *(t.mask for t in self.terms if t.mask))):
-            mask = valid_positions(batch, key)
-            if mask is not None:
-                counts[key] = float(mask.sum())
-        return counts
+        return self.objective.count(as_batch(batch))
 
     def preflight(self, batch: Any) -> list[PlannedTerm]:
         """Check everything on two examples, size the projections, and say what each term will do.
@@ -176,7 +158,7 @@ class Distiller(nn.Module):
         with self._looking():
             teacher = self._teach(batch)
             _, seen = record(self._recorder, lambda **extra: self._call(batch, **extra))
-            plan = [self._plan(t, Signal(seen), teacher, batch) for t in self.terms]
+            plan = self.objective.plan(Signal(seen), teacher or _detached(Signal(seen)), batch)
         self._checked = True
         return plan
 
@@ -209,57 +191,26 @@ class Distiller(nn.Module):
         self.student._compiled_call_impl = None
         return self.student
 
-    def _teach(self, batch: Batch) -> Signal:
+    def _teach(self, batch: Batch) -> Signal | None:
+        """What the teacher says; None where the student is its own."""
         if self.teacher is None or not self.wants:
             return Signal({})
+        if isinstance(self.teacher, Self):
+            return None
         with self.teacher_watch:
             return self.teacher.signal(batch, self.wants)
 
-    def _value(
-        self,
-        term: Term,
-        student: Signal,
-        teacher: Signal,
-        batch: Batch,
-        counts: Mapping[str, float] | None = None,
-    ) -> Tensor:
-        """Project, compare and reduce: the unweighted value of one term, a scalar."""
-        with _in_term(term):
-            target = _labels(batch) if term.reads_labels else teacher[term.teacher_tap]
-            read = self._project(term, student[term.tap], target)
-            key = _mask_of(term, read, batch)
-            mask = None if key is None else valid_positions(batch, key)
-            if mask is not None and not term.reads_labels:
-                read, target = blank(read, mask), blank(target, mask)
-            supplied = {"mask": mask, "labels": batch.get(LABELS)}
-            with torch.autocast(read.device.type, enabled=False):
-                values = self._losses[term.name](read, target, **{n: supplied[n] for n in term.inputs})
-            if values.ndim == 0:  # it describes the batch as a whole, and counts once per example
-                mask, values = None, values.expand(batch_size(batch))
-            count = None if counts is None else counts[EXAMPLES if mask is None else str(key)]
-            return masked_mean(values, mask, count)
-
-    def _project(self, term: Term, read: Tensor, target: Tensor) -> Tensor:
-        if term.project is None:
-            return read
-        projector = self.projections[_key(term)]
-        assert isinstance(projector, Projector)
-        if not projector.sized:
-            projector.size(read.shape, target.shape)
-            projector.to(device=read.device)
-        projected: Tensor = projector(read, target.shape)
-        return projected
-
-    def _plan(self, term: Term, student: Signal, teacher: Signal, batch: Batch) -> PlannedTerm:
-        with _in_term(term):
-            read = student[term.tap]
-            target = _labels(batch) if term.reads_labels else teacher[term.teacher_tap]
-        value = self._value(term, student, teacher, batch).item()
-        if not math.isfinite(value):
-            raise ValueError(f"{_where(term)} is {value} before any training; check both models' outputs")
-        sizes = self.projections[_key(term)].parameters() if term.project is not None else ()
-        shapes = tuple(read.shape), tuple(target.shape)
-        return PlannedTerm(term, *shapes, _mask_of(term, read, batch), value, sum(p.numel() for p in sizes))
+    def _borrow(self, path: str) -> nn.Module:
+        """A part of the teacher, for a loss that passes the student's features through it."""
+        if not isinstance(self.teacher, ModuleTeacher):
+            raise ValueError(
+                f"the loss needs the teacher's {path!r}, and the teacher is no module in this process"
+            )
+        modules = dict(self.teacher.module.named_modules())
+        if path not in modules:
+            raise ValueError(f"the teacher has no module {path!r}; {nearest(path, modules)}")
+        module: nn.Module = modules[path]
+        return module
 
     def _logits(self, seen: Mapping[str, Tensor], output: Any) -> Tensor | None:
         if "logits" in seen:
@@ -270,8 +221,13 @@ class Distiller(nn.Module):
     def _student_taps(self) -> dict[str, Tap]:
         taps: dict[str, Tap] = {}
         for term in self.terms:
-            with _in_term(term, "student: "):
-                taps |= resolve(self.student, [term.tap], any_output=self.read is not None)
+            own = (
+                term.taps
+                if term.reads_labels or not isinstance(self.teacher, Self)
+                else term.taps + term.teacher_taps
+            )
+            with in_term(term, "student: "):
+                taps |= resolve(self.student, own, any_output=self.read is not None)
         return taps
 
     def _check_offers(self) -> None:
@@ -279,10 +235,11 @@ class Distiller(nn.Module):
             if term.reads_labels:
                 continue
             if self.teacher is None:
-                raise ValueError(f"{_where(term)} needs a teacher, and there is none")
-            if not self.teacher.offers(term.teacher_tap):
-                hint = nearest(term.teacher_tap, self.teacher.names())
-                raise ValueError(f"{_where(term)}: the teacher has no {term.teacher_tap!r}; {hint}")
+                raise ValueError(f"{where(term)} needs a teacher, and there is none")
+            missing = next((tap for tap in term.teacher_taps if not self.teacher.offers(tap)), None)
+            if missing is not None:
+                hint = nearest(missing, self.teacher.names())
+                raise ValueError(f"{where(term)}: the teacher has no {missing!r}; {hint}")
 
     def _check_gradients(self, student: Signal) -> None:
         """Refuse, once, a tap that silently gives no gradient, as reentrant activation checkpointing does."""
@@ -299,50 +256,9 @@ class Distiller(nn.Module):
         self._gradients_checked = True
 
 
-def _key(term: Term) -> str:
-    """The name of a term's projection in the state dict, where dots have a meaning."""
-    return term.name.replace("/", "//").replace(".", "/")
-
-
-def _mask_of(term: Term, read: Tensor, batch: Batch) -> str | None:
-    """The entry of the batch that masks a term: the one it names, the labels' own, or the one whose shape fits."""
-    if term.mask is None:
-        return LABELS if term.reads_labels else mask_key(read.shape, batch)
-    if term.mask not in batch:
-        raise ValueError(f"the batch has no mask {term.mask!r}; {nearest(term.mask, batch)}")
-    return term.mask
-
-
-def _where(term: Term) -> str:
-    return f"term {term.name!r} ({term.tap} -> {term.teacher_tap})"
-
-
-@contextmanager
-def _in_term(term: Term, side: str = "") -> Iterator[None]:
-    """Say in which term an error arose."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{_where(term)}: {side}{error}") from None
-
-
-def _labels(batch: Batch) -> Tensor:
-    labels = batch.get(LABELS)
-    if not isinstance(labels, Tensor):
-        raise ValueError(f"the batch has no labels, only {sorted(batch)}; drop the term or add them")
-    return labels
-
-
-def _checked_terms(terms: Sequence[Term]) -> tuple[Term, ...]:
-    if not terms:
-        raise ValueError("a Distiller needs a term; add Term('logits', loss='forward_kl')")
-    names = [t.name for t in terms]
-    for term in terms:
-        if names.count(term.name) > 1:
-            raise ValueError(f"two terms are called {term.name!r}; give one another name=")
-        if term.project is not None and _key(term) in dir(nn.ModuleDict):
-            raise ValueError(f"a term with a projection cannot be called {term.name!r}; give it another name=")
-    return tuple(terms)
+def _detached(student: Signal) -> Signal:
+    """The student as its own teacher."""
+    return Signal({tap: tensor.detach() for tap, tensor in student.values.items()})
 
 
 def _check_apart(student: nn.Module, teacher: Teacher | None) -> None:

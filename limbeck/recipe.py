@@ -86,22 +86,32 @@ class TermSpec(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    tap: str = Field("logits", description="where to read the student; 'layers' for all layers of both models")
-    teacher_tap: str | None = None
+    tap: str | tuple[str, ...] = Field(
+        "logits",
+        description="where to read the student, or several places; 'layers' for all layers of both models",
+    )
+    teacher_tap: str | tuple[str, ...] | None = None
     loss: str
-    weight: float = 1.0
+    weight: float | dict[str, Any] = Field(1.0, description="a number, or {schedule: name, base: 1.0}")
     project: str | dict[str, Any] | None = None
     mask: str | None = None
+    transforms: tuple[str | dict[str, Any], ...] = Field(
+        (), description="what is done to both sides first: standardize, ..."
+    )
     map: str | tuple[tuple[int, int], ...] | None = Field(
-        None, description="which layers teach which, with tap: layers; by default uniform"
+        None,
+        description="which layers teach which, with tap: layers: uniform (default), last, skip, cka, emd, pairs",
+    )
+    inside: str | tuple[str, ...] = Field(
+        "", description="with tap: layers, the places to read inside each layer: attention.self.query, ..."
     )
 
     @model_validator(mode="after")
     def _either_one_tap_or_all_layers(self) -> TermSpec:
         if self.tap == LAYERS and self.teacher_tap is not None:
             raise ValueError("tap: layers reads the layers of both models; drop teacher_tap")
-        if self.tap != LAYERS and self.map is not None:
-            raise ValueError("map is for tap: layers; drop it, or set tap: layers")
+        if self.tap != LAYERS and (self.map is not None or self.inside):
+            raise ValueError("map and inside are for tap: layers; drop them, or set tap: layers")
         return self
 
     def build(self, name: str, depths: Depths | None) -> list[Term]:
@@ -116,17 +126,22 @@ class TermSpec(BaseModel):
             TypeError: an option that the loss does not have.
         """
         arguments: dict[str, Any] = {"loss": self.loss, "project": self.project, "mask": self.mask}
-        arguments |= self.model_extra or {}
+        arguments |= {"transforms": self.transforms, **(self.model_extra or {})}
         try:
             if self.tap != LAYERS:
                 return [Term(self.tap, self.teacher_tap, name=name, weight=self.weight, **arguments)]
             if depths is None:
                 raise ValueError("both models need a list of layers; name the taps instead of 'layers'")
             pairs = layer_pairs(self.map or "uniform", depths.student, depths.teacher)
-            taps = depths.student_path + ".{}", depths.teacher_path + ".{}"
+            taps = self._inside(depths.student_path), self._inside(depths.teacher_path)
             return spread(*taps, pairs, name=name, weight=self.weight, **arguments)
         except (TypeError, ValueError) as error:
             raise type(error)(f"terms.{name}: {error}") from None
+
+    def _inside(self, path: str) -> list[str]:
+        """The taps in one layer of a model that keeps its layers at `path`."""
+        places = (self.inside,) if isinstance(self.inside, str) else self.inside
+        return [f"{path}.{{}}.{place}" if place else f"{path}.{{}}" for place in places]
 
 
 class Depths(BaseModel):
@@ -160,6 +175,9 @@ class Recipe(BaseModel):
     teacher: TeacherSpec
     student: StudentSpec
     terms: dict[str, TermSpec] = Field(default_factory=dict, description="by default those for the task")
+    balance: str | dict[str, Any] = Field(
+        "static", description="how terms become one loss: static, uncertainty, matched_scale, gradient_norm"
+    )
     training: Settings = Field(default_factory=Settings, description="of student and baseline alike")
     baseline: bool = Field(True, description="train the student's twin without distillation, to compare")
     seeds: int = Field(1, gt=0, description="how often baseline and student are trained")
@@ -232,7 +250,7 @@ def plain_terms(terms: Iterable[Term], regression: bool) -> list[Term]:
     own = next((t for t in terms if t.reads_labels), None)
     if own is None:
         return [Term("labels", loss=loss, name="labels")]
-    return [Term("labels", loss=own.loss, name=own.name, mask=own.mask, **own.options)]
+    return [Term("labels", loss=own.comparison.loss, name=own.name, mask=own.mask, **own.comparison.options)]
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -8,6 +8,8 @@ the *whole* step does not; that is why `masked_mean` takes the count from outsid
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -73,3 +75,36 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, count: Tensor | floa
     count = valid.sum() if count is None else count
     count = torch.as_tensor(count, device=values.device)
     return total / torch.where(count > 0, count, torch.ones_like(count))
+
+
+def reduce(
+    values: Tensor, mask: Tensor | None = None, reduction: Literal["mean", "batchmean", "sum"] = "mean"
+) -> Tensor:
+    """Reduce what a loss returned in one of the usual ways.
+
+    Args:
+        values: (B,), (B, L) or with more dimensions behind; a scalar is returned as it is.
+        mask: (B,) or (B, L); positions where it is 0 do not count.
+        reduction: ``"mean"`` over valid positions, the ``"sum"`` over them, or ``"batchmean"``: that sum divided
+            by the number of examples.
+
+    Raises:
+        ValueError: another reduction.
+
+    Example:
+        >>> values = torch.tensor([[1.0, 3.0], [5.0, 9.0]])
+        >>> mask = torch.tensor([[1, 1], [1, 0]])
+        >>> [reduce(values, mask, how).item() for how in ("mean", "batchmean", "sum")]
+        [3.0, 4.5, 9.0]
+    """
+    if reduction not in ("mean", "batchmean", "sum"):
+        raise ValueError(f"unknown reduction {reduction!r}; known: mean, batchmean, sum")
+    if values.ndim == 0:
+        return values
+    mean = masked_mean(values, mask)
+    if reduction == "mean":
+        return mean
+    behind = 1 if mask is None else values[(0,) * mask.ndim].numel()
+    positions = values.numel() if mask is None else (mask != 0).sum() * behind
+    total = mean * positions
+    return total / values.shape[0] if reduction == "batchmean" else total

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from limbeck.atomic import write_text
-from limbeck.distiller import Distiller, PlannedTerm
+from limbeck.distiller import Distiller
+from limbeck.objective import PlannedTerm
 from limbeck.evaluate import count_parameters
 from limbeck.models import TeacherStore, find_depths, fingerprint, load_model, make_student, save_model
 from limbeck.recipe import Recipe, plain_terms
@@ -236,9 +237,9 @@ class Run:
         """Check models, taps, shapes, terms and optimizers before anything is trained."""
         recipe = self.recipe
         student = make_student(recipe.student, self.task, teacher, recipe.training.seed)
-        distiller = Distiller(student, teacher.model, self.terms(student, teacher.model))
+        distiller = Distiller(student, teacher.model, self.terms(student, teacher.model), balance=recipe.balance)
         terms = distiller.preflight(longest(self.data[TRAIN]))
-        recipe.training.build_optimizer(student, distiller.projections)
+        recipe.training.build_optimizer(student, distiller.objective)
         steps = {"student": self.steps(recipe.training)}
         if not tuned:
             recipe.teacher.training.build_optimizer(student, nn.ModuleList())
@@ -283,7 +284,7 @@ class Run:
         student = make_student(self.recipe.student, self.task, teacher, seed)
         terms = self.terms(student, teacher.model)
         distiller = (
-            Distiller(student, teacher.model, terms)
+            Distiller(student, teacher.model, terms, balance=self.recipe.balance)
             if role == "student"
             else Distiller(student, None, plain_terms(terms, self.regression))
         )

@@ -14,17 +14,21 @@ import torch
 from torch import nn
 
 import limbeck
-from limbeck.distiller import PlannedTerm
 from limbeck.evaluate import Bootstrap, compare, count_parameters, measure_speed, size_in_bytes
 from limbeck.metrics import Array, get_metric
+from limbeck.objective import PlannedTerm
 from limbeck.recipe import Recipe
 from limbeck.report import Report
 from limbeck.report.report import Curve, Interval, ModelResult
+from limbeck.schedules import Scheduled
 from limbeck.stage import StageResult
 from limbeck.tasks import VALIDATION, Task, is_regression
 from limbeck.train import Examples
 
 THROUGHPUT_BATCH = 32
+
+PLAIN = (bool, int, float, str, list, dict, type(None))
+"""What a report holds as it is; other options are written as text."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Summary:
             student=columns["student"],
             comparison=compare(bootstrap, logits, scores) if "baseline" in logits else None,
             plan=[plan_row(p) for p in plan],
-            curves=curves(log, plan),
+            curves=curves(log),
             seeds=list(range(first, first + self.recipe.seeds)),
             environment=environment(self.device),
             recipe=self.recipe.model_dump(mode="json"),
@@ -156,8 +160,9 @@ def plan_row(planned: PlannedTerm) -> dict[str, Any]:
         "loss": term.loss_name,
         "tap": term.tap,
         "teacher_tap": term.teacher_tap,
-        "weight": term.weight,
-        "options": dict(term.options),
+        "weight": term.weight_at(0.0),
+        "schedule": term.shown_weight() if isinstance(term.weight, Scheduled) else None,
+        "options": {k: v if isinstance(v, PLAIN) else str(v) for k, v in term.shown_options().items()},
         "projection": term.project,
         "parameters": planned.parameters,
         "student_shape": list(planned.student_shape),
@@ -165,23 +170,21 @@ def plan_row(planned: PlannedTerm) -> dict[str, Any]:
     }
 
 
-def curves(log: list[dict[str, Any]], terms: Sequence[PlannedTerm]) -> list[Curve]:
+def curves(log: list[dict[str, Any]]) -> list[Curve]:
     """The log as curves, one for each training."""
-    weights = {p.term.name: p.term.weight for p in terms}
     found = []
     for stage in dict.fromkeys(line["stage"] for line in log):
         role, _, seed = stage.partition("-")
         steps = [line for line in log if line["stage"] == stage and "terms" in line]
         scores = [line for line in log if line["stage"] == stage and "scores" in line]
         names = list(dict.fromkeys(name for line in steps for name in line["terms"]))
-        own = weights if role == "student" else dict.fromkeys(names, 1.0)
         found.append(
             Curve(
                 role=role,
                 seed=int(seed or 0),
                 steps=[line["step"] for line in steps],
                 terms={name: [line["terms"][name] for line in steps] for name in names},
-                weights={name: own[name] for name in names},
+                weights={name: [line["weights"][name] for line in steps] for name in names},
                 learning_rate=[line["learning_rate"] for line in steps],
                 score_steps=[line["step"] for line in scores],
                 scores=[next(iter(line["scores"].values())) for line in scores],

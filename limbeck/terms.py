@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from limbeck.losses import LOSSES, SUPPLIED
+from limbeck.losses import LOSSES, Comparison, compare_by, traits_of
+from limbeck.losses.call import TransformSpec
 from limbeck.projectors import build_projector
-from limbeck.registry import check_options, nearest
+from limbeck.registry import nearest
+from limbeck.schedules import Scheduled, build_schedule, value_at
 from limbeck.types import LABELS
+
+Taps = str | Sequence[str]
+Weight = float | Scheduled | Mapping[str, Any] | Callable[[float], float]
 
 
 @dataclass(frozen=True, init=False)
@@ -22,19 +25,24 @@ class Term:
     """One addend: where to read the student and the teacher, how to compare, how much it counts.
 
     Args:
-        tap: Where to read the student: a module path, ``"logits"``, ``"hidden_states.3"``; or ``"labels"``,
-            which compares the student's logits with the batch's labels.
-        teacher_tap: Where to read the teacher; by default the same place. ``"labels"`` reads the batch's labels.
+        tap: Where to read the student: a module path, ``"logits"``, ``"hidden_states.3"``; a list of them, for a
+            loss over several places; or ``"labels"``, which compares the student's logits with the batch's labels.
+        teacher_tap: Where to read the teacher; by default the same places. ``"labels"`` reads the batch's labels.
         loss: A registered name, ``"package.module:function"``, or a function ``(student, teacher, *, options)``.
-        weight: Factor of this term in the sum. Weights need not sum to one.
+        weight: Factor of this term in the sum; weights need not sum to one. A number, or one that changes:
+            ``{"schedule": "linear_decay", "base": 0.9}``, or a function of progress from 0 to 1.
         name: Its name in logs, recipes and errors; by default the loss's name (and the tap's, off the logits).
-        project: A projection of the student's tensor, by name or as ``{"kind": name, **options}``.
+        project: A projection of the student's tensor, by name or as ``{"kind": name, **options}``; by default
+            that which belongs to the loss, and none for most.
         mask: The key in the batch of the mask to use; by default the attention mask or the labels' own, where
             its shape fits.
-        **options: Options of the loss, checked here against its signature.
+        transforms: What is done to both sides before the loss: ``"standardize"``, or a list of such.
+        **options: Options of the loss, checked here against its signature. Any of them may be scheduled, as
+            `weight`; a ``temperature`` may be one of each example's own, ``"flsw"``. For what a loss learns, the
+            options of the module that it trains; for a part of the teacher, the module's path.
 
     Raises:
-        ValueError: unknown loss or projection, or a weight that is no finite number.
+        ValueError: unknown loss, projection or schedule, or a weight that is no finite number.
         TypeError: an option that the loss does not have.
 
     Example:
@@ -45,71 +53,136 @@ class Term:
         TypeError: loss 'forward_kl' has no option 'temprature'; did you mean 'temperature'?
     """
 
-    tap: str
-    teacher_tap: str
-    loss: Callable[..., Tensor]
-    loss_name: str
-    weight: float
+    taps: tuple[str, ...]
+    teacher_taps: tuple[str, ...]
+    comparison: Comparison
+    weight: float | Scheduled
     name: str
     project: str | Mapping[str, Any] | None
     mask: str | None
-    options: Mapping[str, Any]
-    inputs: frozenset[str]
+    learned: Mapping[str, Mapping[str, Any]]
+    borrowed: Mapping[str, str]
 
     def __init__(
         self,
-        tap: str,
-        teacher_tap: str | None = None,
+        tap: Taps,
+        teacher_tap: Taps | None = None,
         *,
         loss: str | Callable[..., Tensor],
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         name: str | None = None,
         project: str | Mapping[str, Any] | None = None,
         mask: str | None = None,
+        transforms: TransformSpec | Sequence[TransformSpec] = (),
         **options: Any,
     ) -> None:
-        function = LOSSES.get(loss) if isinstance(loss, str) else loss
-        loss_name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
-        check_options(function, options, SUPPLIED, f"loss {loss_name!r}")
-        if not math.isfinite(weight):
-            raise ValueError(f"the weight of a term must be a finite number, got {weight}")
-        if project is not None:
-            build_projector(project)
-        tap, teacher_tap = ("logits", LABELS) if tap == LABELS else (tap, teacher_tap or tap)
+        learned, borrowed, options = _split_options(loss, options)
+        comparison = compare_by(loss, transforms=transforms, given=(*learned, *borrowed), **options)
+        project = project or traits_of(comparison.loss).project
+        for spec in (*([project] if project else []), *learned.values()):
+            build_projector(spec)
+        taps, teacher_taps = _paired_taps(tap, teacher_tap)
+        own_name = comparison.name if taps == ("logits",) else f"{comparison.name}[{'+'.join(taps)}]"
         fields = {
-            "tap": tap,
-            "teacher_tap": teacher_tap,
-            "loss": function,
-            "loss_name": loss_name,
-            "weight": float(weight),
-            "name": name or (loss_name if tap == "logits" else f"{loss_name}[{tap}]"),
+            "taps": taps,
+            "teacher_taps": teacher_taps,
+            "comparison": comparison,
+            "weight": _checked_weight(weight),
+            "name": name or own_name,
             "project": project,
             "mask": mask,
-            "options": dict(options),
-            "inputs": _asked_for(function),
+            "learned": learned,
+            "borrowed": borrowed,
         }
         for key, value in fields.items():
             object.__setattr__(self, key, value)
 
     def __repr__(self) -> str:
-        options = "".join(f", {k}={v!r}" for k, v in self.options.items())
-        taps = f"{self.tap} -> {self.teacher_tap}"
-        return f"Term({self.loss_name}: {taps}, weight {self.weight:g}{options})"
+        options = "".join(f", {k}={v!r}" for k, v in self.shown_options().items())
+        return f"Term({self.loss_name}: {self.tap} -> {self.teacher_tap}, weight {self.shown_weight()}{options})"
+
+    @property
+    def tap(self) -> str:
+        """Where the student is read, as text."""
+        return " + ".join(self.taps)
+
+    @property
+    def teacher_tap(self) -> str:
+        """Where the teacher is read, as text."""
+        return " + ".join(self.teacher_taps)
+
+    @property
+    def loss_name(self) -> str:
+        """The name of the loss."""
+        return self.comparison.name
 
     @property
     def reads_labels(self) -> bool:
         """Whether this term compares with the batch's labels and not with a teacher."""
-        return self.teacher_tap == LABELS
+        return self.teacher_taps == (LABELS,)
 
-    def bound(self) -> Callable[..., Tensor]:
-        """The loss with its options filled in."""
-        return partial(self.loss, **self.options) if self.options else self.loss
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether its weight or one of its options changes with progress."""
+        return any(isinstance(v, Scheduled) for v in (self.weight, *self.comparison.options.values()))
+
+    def weight_at(self, progress: float | None) -> float:
+        """The weight at a progress from 0 to 1, which a constant weight does not need."""
+        return float(value_at(self.weight, progress, f"weight of term {self.name!r}"))
+
+    def shown_weight(self) -> str:
+        """The weight as text."""
+        return str(self.weight) if isinstance(self.weight, Scheduled) else f"{self.weight:g}"
+
+    def shown_options(self) -> dict[str, Any]:
+        """What the loss was given: options, transforms, what it learns and borrows."""
+        shown = dict(self.comparison.options)
+        if self.comparison.transforms:
+            shown["transforms"] = list(self.comparison.transforms)
+        kinds = {name: {k: v for k, v in spec.items() if k != "kind"} for name, spec in self.learned.items()}
+        return {**shown, **{name: options for name, options in kinds.items() if options}, **self.borrowed}
 
 
-def _asked_for(function: Callable[..., Tensor]) -> frozenset[str]:
-    """The inputs beside the two tensors that a loss asks for, as keyword-only parameters."""
-    parameters = inspect.signature(function).parameters.values()
-    return SUPPLIED & {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+def _split_options(
+    loss: str | Callable[..., Tensor], options: dict[str, Any]
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, str], dict[str, Any]]:
+    """Tell what a loss learns and what it borrows of the teacher from its plain options."""
+    traits = traits_of(LOSSES.get(loss) if isinstance(loss, str) else loss)
+    learned: dict[str, Mapping[str, Any]] = {
+        name: {**options.get(name, {}), "kind": kind} for name, kind in traits.learns.items()
+    }
+    borrowed: dict[str, str] = {}
+    for name in traits.borrows:
+        if not isinstance(options.get(name), str):
+            raise TypeError(
+                f"the loss needs {name}=, the path of a module of the teacher, got {options.get(name)!r}"
+            )
+        borrowed[name] = options[name]
+    return learned, borrowed, {k: v for k, v in options.items() if k not in learned and k not in borrowed}
+
+
+def _paired_taps(tap: Taps, teacher_tap: Taps | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if tap == LABELS:
+        return ("logits",), (LABELS,)
+    taps = (tap,) if isinstance(tap, str) else tuple(tap)
+    if teacher_tap is None:
+        return taps, taps
+    teacher_taps = (teacher_tap,) if isinstance(teacher_tap, str) else tuple(teacher_tap)
+    if len(teacher_taps) != len(taps):
+        raise ValueError(
+            f"{len(taps)} places of the student meet {len(teacher_taps)} of the teacher; name as many on both sides"
+        )
+    return taps, teacher_taps
+
+
+def _checked_weight(weight: Weight) -> float | Scheduled:
+    if isinstance(weight, Scheduled):
+        return weight
+    if callable(weight) or isinstance(weight, Mapping):
+        return build_schedule(weight)
+    if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise ValueError(f"the weight of a term must be a finite number or a schedule, got {weight!r}")
+    return float(weight)
 
 
 LayerMap = str | Sequence[tuple[int, int]]
@@ -167,23 +240,25 @@ def _checked_pair(pair: tuple[int, int], student: int, teacher: int) -> tuple[in
 
 
 def spread(
-    tap: str,
-    teacher_tap: str,
+    tap: Taps,
+    teacher_tap: Taps,
     pairs: Sequence[tuple[int, int]],
     *,
     name: str,
-    weight: float = 1.0,
+    weight: Weight = 1.0,
+    shares: Sequence[float] | None = None,
     **arguments: Any,
 ) -> list[Term]:
     """Make one term for each pair of layers; the ``{}`` in each tap is replaced by the layer's number.
 
     Args:
-        tap: The student's tap with ``{}`` in the place of the layer, ``"encoder.layer.{}"``.
-        teacher_tap: The teacher's tap, likewise.
-        pairs: From `layer_pairs`.
+        tap: The student's tap with ``{}`` in the place of the layer, ``"encoder.layer.{}"``, or several.
+        teacher_tap: The teacher's, likewise.
+        pairs: From `layer_pairs` or `limbeck.matching`.
         name: The terms are called ``name.0``, ``name.1``, ... after the student's layer (and ``name.0-3``
             where a student layer has several teachers).
-        weight: Weight of the whole group, shared out evenly.
+        weight: Weight of the whole group.
+        shares: What part of it each pair gets; by default all the same.
         **arguments: What else `Term` takes.
 
     Raises:
@@ -193,14 +268,70 @@ def spread(
         >>> [t.name for t in spread("layer.{}", "layer.{}", [(0, 1), (1, 3)], name="hidden", loss="mse")]
         ['hidden.0', 'hidden.1']
     """
-    for text in (tap, teacher_tap):
+    sides = [(side,) if isinstance(side, str) else tuple(side) for side in (tap, teacher_tap)]
+    for text in (*sides[0], *sides[1]):
         if "{}" not in text:
             raise ValueError(f"tap {text!r} has no {{}} for the layer's number")
     students = [s for s, _ in pairs]
     terms = []
-    for student, teacher in pairs:
-        suffix = f"{student}-{teacher}" if students.count(student) > 1 else f"{student}"
-        taps = (tap.format(student), teacher_tap.format(teacher))
-        term = Term(*taps, name=f"{name}.{suffix}", weight=weight / len(pairs), **arguments)
-        terms.append(term)
+    for place, pair in enumerate(pairs):
+        suffix = f"{pair[0]}-{pair[1]}" if students.count(pair[0]) > 1 else f"{pair[0]}"
+        taps = [[text.format(layer) for text in side] for side, layer in zip(sides, pair, strict=True)]
+        part = 1 / len(pairs) if shares is None else shares[place]
+        terms.append(Term(*taps, name=f"{name}.{suffix}", weight=_scaled(weight, part), **arguments))
+    return terms
+
+
+def _scaled(weight: Weight, factor: float) -> Weight:
+    """A part of a weight that may be scheduled."""
+    if isinstance(weight, Scheduled):
+        return replace(weight, base=weight.base * factor)
+    if isinstance(weight, Mapping):
+        return {**weight, "base": weight.get("base", 1.0) * factor}
+    return {"schedule": weight, "base": factor} if callable(weight) else weight * factor
+
+
+def self_distillation(
+    exits: Sequence[Sequence[str]],
+    *,
+    loss: str = "forward_kl",
+    weight: Weight = 1.0,
+    labels: str | None = None,
+    name: str = "self",
+    **arguments: Any,
+) -> list[Term]:
+    """Make the terms by which the earlier exits of a model learn from its last one.
+
+    They go with ``Distiller(student, limbeck.Self(), terms)``: the teacher's taps are read from the student itself,
+    in the same pass and without gradient.
+
+    Args:
+        exits: Groups of taps from shallow to deep, ``[["exit1.fc", "exit2.fc", "fc"]]``; within a group each tap
+            but the last learns from the last. A group is a kind of place: logits, features before the head.
+        loss: The loss of all groups; for several kinds of places call this once for each.
+        weight: Weight of each group, shared out over its earlier exits.
+        labels: A loss with which every exit also learns the labels, ``"cross_entropy"``; None for none.
+        name: The terms are called ``self.exit1.fc``, and ``self.exit1.fc.labels``.
+        **arguments: What else `Term` takes: ``temperature``, ``project``.
+
+    Raises:
+        ValueError: a group of fewer than two taps.
+
+    Example:
+        >>> self_distillation([["exit1", "exit2", "head"]], temperature=3.0)
+        [Term(forward_kl: exit1 -> head, weight 0.5, temperature=3.0), Term(forward_kl: exit2 -> head, ...)]
+
+    Reference:
+        Zhang et al. 2019, Be Your Own Teacher, arXiv:1905.08094.
+    """
+    terms = []
+    for group in exits:
+        if len(group) < 2:
+            raise ValueError(f"a group of exits needs two taps or more, from shallow to deep, got {list(group)}")
+        *earlier, last = group
+        for tap in earlier:
+            part = _scaled(weight, 1 / len(earlier))
+            terms.append(Term(tap, last, loss=loss, weight=part, name=f"{name}.{tap}", **arguments))
+            if labels is not None:
+                terms.append(Term(tap, LABELS, loss=labels, name=f"{name}.{tap}.{LABELS}"))
     return terms

@@ -44,6 +44,9 @@ class Output:
         loss: The weighted sum of the terms, a scalar to call ``backward`` on.
         logits: The student's logits, or None where the student has none.
         terms: The unweighted value of each term by name, detached scalars.
+        weights: What each term was multiplied by, schedules and balance included.
+        gradients: Dot products of the weighted terms' gradients in the student, (terms, terms), where they were
+            measured.
 
     Example:
         >>> import torch
@@ -55,6 +58,8 @@ class Output:
     loss: Tensor
     logits: Tensor | None
     terms: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
+    gradients: Tensor | None = None
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)

@@ -21,8 +21,9 @@ PACKAGE = ROOT / "limbeck"
 LAYERS = [
     "types registry shapes stopwatch atomic",
     "batch metrics pretrained reduce schedules",
-    "losses taps projectors",
-    "terms teachers students",
+    "losses taps projectors matching",
+    "terms teachers students balance",
+    "objective",
     "distiller",
     "train report",
     "tasks evaluate",

@@ -64,7 +64,7 @@ def test_the_teacher_is_no_part_of_the_module():
     ours = {id(t) for t in (*distiller.parameters(), *distiller.buffers(), *distiller.modules())}
     assert not ours & {id(t) for t in (*teacher.parameters(), *teacher.buffers(), *teacher.modules())}
     prefixes = {key.split(".")[0] for key in distiller.state_dict()}
-    assert prefixes == {"student", "projections"}
+    assert prefixes == {"student", "objective"}
 
 
 def test_the_teacher_stays_frozen_in_eval_mode():
@@ -167,7 +167,7 @@ def test_training_loss_and_every_gradient_equal_those_by_hand(dtype, tolerance):
     out = distiller(**batch)
     out.loss.backward()
     projections = [
-        tuple(distiller.get_parameter(f"projections.hidden/{layer}.affine.{name}") for name in ("weight", "bias"))
+        tuple(distiller.get_parameter(f"objective.projections.hidden/{layer}.affine.{name}") for name in ("weight", "bias"))
         for layer in (0, 1)
     ]
     student, teacher = bert().to(dtype), bert(layers=4, width=24, seed=1).to(dtype)
@@ -416,7 +416,7 @@ def test_an_optimizer_may_be_built_before_the_first_batch():
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     before = {name: p.detach().clone() for name, p in distiller.named_parameters()}
     optimizer.step()
-    projections = [name for name in before if name.startswith("projections.")]
+    projections = [name for name in before if name.startswith("objective.projections.")]
     assert len(projections) == 4
     for name, parameter in distiller.named_parameters():
         assert id(parameter) in held, name
@@ -434,8 +434,8 @@ def test_an_optimizer_may_be_built_before_the_first_batch():
 def test_projections_stand_in_the_state_dict_under_their_terms_names():
     keys = set(text_distiller(sample=text_batch()).state_dict())
     ours = {key for key in keys if not key.startswith("student.")}
-    assert ours == {f"projections.hidden/{i}.affine.{name}" for i in (0, 1) for name in ("weight", "bias")}
-    assert "projections.maps.affine.weight" in image_distiller(sample=images()).state_dict()
+    assert ours == {f"objective.projections.hidden/{i}.affine.{name}" for i in (0, 1) for name in ("weight", "bias")}
+    assert "objective.projections.maps.affine.weight" in image_distiller(sample=images()).state_dict()
 
 
 def test_state_dict_round_trip():
@@ -456,7 +456,7 @@ def test_a_student_of_another_type(dtype):
     term = Term(LAYER.format(0), loss="mse", project="linear")
     distiller = Distiller(bert().to(dtype), bert(width=24, seed=1).to(dtype), [term])
     distiller(**text_batch()).loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.projections.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.objective.projections.parameters())
 
 
 def test_feature_maps_through_conv1x1():
@@ -467,7 +467,7 @@ def test_feature_maps_through_conv1x1():
     ours = student.relu(student.norm(student.stem(pixels)))
     theirs = teacher.relu(teacher.norm(teacher.stem(pixels)))
     ours = functional.interpolate(ours, theirs.shape[2:], mode="bilinear", antialias=True)
-    affine = distiller.projections["maps"].affine
+    affine = distiller.objective.projections["maps"].affine
     mapped = torch.einsum("oc,bchw->bohw", affine.weight, ours) + affine.bias[:, None, None]
     torch.testing.assert_close(out.terms["maps"], (mapped - theirs).square().mean().detach())
     assert affine.weight.grad.abs().sum() > 0
@@ -598,7 +598,7 @@ def test_names_of_terms_with_projections(names):
     except ValueError as refusal:
         assert names[0] in str(refusal)  # noqa: PT017
     else:
-        assert len(distiller.projections) == len(names)
+        assert len(distiller.objective.projections) == len(names)
 
 
 @pytest.mark.parametrize("when", ["sample", "first batch"])

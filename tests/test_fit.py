@@ -259,7 +259,7 @@ def test_projections_have_a_rate_of_their_own():
     distiller = Distiller(nn.Sequential(nn.Linear(4, 2)), nn.Sequential(nn.Linear(4, 3)), terms)
     distiller.preflight({"input": torch.zeros(2, 4)})
     settings = Settings(learning_rate=0.1, projection_learning_rate=0.7)
-    groups = settings.build_optimizer(distiller.student, distiller.projections).param_groups
+    groups = settings.build_optimizer(distiller.student, distiller.objective).param_groups
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.1, 0.01), (0.1, 0.0), (0.7, 0.01), (0.7, 0.0)]
 
 

@@ -74,7 +74,7 @@ def test_default_terms_suit_the_task():
 def test_plain_training_keeps_the_label_terms_options_at_full_weight():
     recipe = Recipe.parse(BASE, ["terms.l={tap: labels, loss: cross_entropy, label_smoothing: 0.1, weight: 0.2}"])
     (term,) = plain_terms(recipe.build_terms(DEPTHS, regression=False), regression=False)
-    assert (term.weight, term.options) == (1.0, {"label_smoothing": 0.1})
+    assert (term.weight, term.comparison.options) == (1.0, {"label_smoothing": 0.1})
     (term,) = plain_terms([], regression=True)
     assert term.loss_name == "label_mse"
 

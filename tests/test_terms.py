@@ -24,8 +24,9 @@ def demanding(student, teacher, *, margin):
 def test_defaults():
     term = Term("logits", loss="forward_kl")
     assert (term.tap, term.teacher_tap, term.weight, term.name) == ("logits", "logits", 1.0, "forward_kl")
-    assert (term.project, term.mask, dict(term.options), term.inputs) == (None, None, {}, frozenset())
-    assert term.loss is forward_kl
+    chosen = (term.project, term.mask, dict(term.comparison.options), term.comparison.asks)
+    assert chosen == (None, None, {}, frozenset())
+    assert term.comparison.loss is forward_kl
     assert not term.reads_labels
 
 
@@ -55,17 +56,17 @@ def test_names(arguments, name):
 
 def test_a_loss_by_import_path():
     term = Term("logits", loss="limbeck.losses.logits:forward_kl", temperature=3.0)
-    assert term.loss is forward_kl
+    assert term.comparison.loss is forward_kl
 
 
 def test_options_are_bound():
     student, teacher = torch.tensor([[0.0, 3.0]]), torch.tensor([[0.0, 0.0]])
-    assert Term("logits", loss=weighted, power=3.0).bound()(student, teacher).item() == pytest.approx(27 / 2)
-    assert Term("logits", loss=weighted).bound()(student, teacher).item() == pytest.approx(9 / 2)
+    assert Term("logits", loss=weighted, power=3.0).comparison(student, teacher).item() == pytest.approx(27 / 2)
+    assert Term("logits", loss=weighted).comparison(student, teacher).item() == pytest.approx(9 / 2)
 
 
 def test_inputs_that_the_distiller_fills_in():
-    assert Term("logits", loss=weighted).inputs == {"mask", "labels"}
+    assert Term("logits", loss=weighted).comparison.asks == {"mask", "labels"}
 
 
 def test_repr_says_it_all():
@@ -108,8 +109,8 @@ def test_a_term_can_be_copied_and_sent_to_another_process(again):
         ({"loss": "mse", "temperature": 4.0}, TypeError, "loss 'mse' has no option 'temperature'; known: none"),
         ({"loss": weighted, "labels": 1}, TypeError, "loss 'weighted' has no option 'labels'"),
         ({"loss": demanding}, TypeError, "loss 'demanding' needs the option 'margin'"),
-        ({"loss": "mse", "weight": math.nan}, ValueError, "weight of a term must be a finite number, got nan"),
-        ({"loss": "mse", "weight": math.inf}, ValueError, "weight of a term must be a finite number, got inf"),
+        ({"loss": "mse", "weight": math.nan}, ValueError, "weight of a term must be a finite number or a schedule, got nan"),
+        ({"loss": "mse", "weight": math.inf}, ValueError, "weight of a term must be a finite number or a schedule, got inf"),
         ({"loss": "mse", "project": "liner"}, ValueError, "unknown projection 'liner'; did you mean 'linear'"),
         ({"loss": "mse", "project": {"kind": "mlp", "width": 3}}, TypeError, "'mlp' has no option 'width'"),
     ],
@@ -182,7 +183,7 @@ def test_spread():
         ("s.1", "t.layer.3", "hidden.1"),
     ]
     assert [t.weight for t in terms] == [0.25, 0.25]  # the weight is the group's
-    assert all(t.project == "linear" and dict(t.options) == {"dim": -1} for t in terms)
+    assert all(t.project == "linear" and dict(t.comparison.options) == {"dim": -1} for t in terms)
 
 
 def test_spread_names_several_teachers_of_a_layer_apart():

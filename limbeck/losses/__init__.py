@@ -8,8 +8,21 @@ from __future__ import annotations
 from typing import Any
 
 from limbeck.losses.base import FAMILIES, LOSSES, SUPPLIED, Loss, full_precision, loss, same_shape, traits_of
+from limbeck.losses.call import Comparison, compare_by, evaluate
 
-__all__ = ["FAMILIES", "LOSSES", "SUPPLIED", "Loss", "full_precision", "loss", "same_shape", "traits_of"]
+__all__ = [
+    "FAMILIES",
+    "LOSSES",
+    "SUPPLIED",
+    "Comparison",
+    "Loss",
+    "compare_by",
+    "evaluate",
+    "full_precision",
+    "loss",
+    "same_shape",
+    "traits_of",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,18 @@ from limbeck.shapes import mismatch
 SUPPLIED = frozenset({"mask", "labels", "example_id"})
 """What the Distiller takes from the batch for a loss that asks: the term's mask, ``labels``, ``example_id``."""
 
-FAMILIES = ("logits", "targets", "ranking", "features", "maps", "attention", "relations", "contrastive", "labels")
+FAMILIES = (
+    "logits",
+    "targets",
+    "ranking",
+    "features",
+    "maps",
+    "activations",
+    "attention",
+    "relations",
+    "contrastive",
+    "labels",
+)
 """The modules of this package that hold losses."""
 
 
@@ -59,10 +70,13 @@ class Traits:
         learns: Keyword-only parameters that are modules trained with the student, each with the name of the
             projection kind that makes it, ``{"variance": "channel_variance"}``. The Distiller builds, sizes,
             trains and saves them; a caller of the bare function passes them itself.
+        borrows: Keyword-only parameters that are parts of the teacher, such as its classifier: in a term one
+            names the module by its path, and the Distiller passes the module.
     """
 
     project: str | None = None
     learns: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    borrows: tuple[str, ...] = ()
 
 
 _TRAITS: dict[Callable[..., Any], Traits] = {}
@@ -78,11 +92,17 @@ def loss(function: F) -> F: ...
 
 
 @overload
-def loss(*, project: str | None = None, learns: Mapping[str, str] | None = None) -> Callable[[F], F]: ...
+def loss(
+    *, project: str | None = None, learns: Mapping[str, str] | None = None, borrows: tuple[str, ...] = ()
+) -> Callable[[F], F]: ...
 
 
 def loss(
-    function: F | None = None, *, project: str | None = None, learns: Mapping[str, str] | None = None
+    function: F | None = None,
+    *,
+    project: str | None = None,
+    learns: Mapping[str, str] | None = None,
+    borrows: tuple[str, ...] = (),
 ) -> F | Callable[[F], F]:
     """Register a loss under its function's name; used as a decorator, with or without what the loss brings along.
 
@@ -90,6 +110,7 @@ def loss(
         function: The loss.
         project: See `Traits`.
         learns: See `Traits`.
+        borrows: See `Traits`.
 
     Example:
         >>> from limbeck.losses import LOSSES, loss
@@ -101,7 +122,7 @@ def loss(
     """
 
     def add(function: F) -> F:
-        _TRAITS[function] = Traits(project, MappingProxyType(dict(learns or {})))
+        _TRAITS[function] = Traits(project, MappingProxyType(dict(learns or {})), borrows)
         return LOSSES.register(function)
 
     return add if function is None else add(function)

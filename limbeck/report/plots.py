@@ -142,7 +142,7 @@ def _term_panel(curves: list[Curve], group: str, names: list[str], number: int) 
 def _draw_term(axes: Any, curves: list[Curve], role: str, name: str, place: tuple[int, int]) -> list[float]:
     index, count = place
     steps, values = _mean(curves, name)
-    weight = next(c.weights.get(name, 1.0) for c in curves if name in c.terms)
+    weights = next(c.weights[name] for c in curves if name in c.terms)
     named = count <= MOST_NAMED_LINES or index in (0, count - 1)
     who = role if count == 1 else shorten(name, 18)
     axes.plot(
@@ -153,15 +153,21 @@ def _draw_term(axes: Any, curves: list[Curve], role: str, name: str, place: tupl
         linewidth=1.5,
         alpha=1.0 if count == 1 else 0.45 + 0.55 * index / (count - 1),  # deeper layers are stronger
         marker=MARKER[role] if len(steps) == 1 else None,
-        label=f"{who} × {weight_text(weight)}" if named else None,
+        label=f"{who} × {_weight_label(weights)}" if named else None,
     )
     return values
+
+
+def _weight_label(weights: Sequence[float]) -> str:
+    """A weight, or where it went from and to."""
+    texts = dict.fromkeys(weight_text(w) for w in (weights[0], weights[-1])) if weights else ["1"]
+    return " to ".join(texts)
 
 
 def _mean(curves: Sequence[Curve], name: str) -> Series:
     """Average a weighted term over the seeds, at the steps that all of them logged."""
     logs = [
-        {step: c.weights.get(name, 1.0) * value for step, value in zip(c.steps, c.terms[name], strict=False)}
+        {step: w * v for step, w, v in zip(c.steps, c.weights[name], c.terms[name], strict=False)}
         for c in curves
         if name in c.terms
     ]

@@ -109,7 +109,7 @@ class Curve:
         seed: The seed of this training.
         steps: Step of each logged loss.
         terms: Unweighted value of each term at these steps.
-        weights: Weight of each term.
+        weights: What each term was multiplied by at these steps.
         learning_rate: Learning rate at these steps.
         score_steps: Step of each evaluation.
         scores: The main metric there.
@@ -119,7 +119,7 @@ class Curve:
     seed: int
     steps: list[int]
     terms: dict[str, list[float]]
-    weights: dict[str, float]
+    weights: dict[str, list[float]]
     learning_rate: list[float]
     score_steps: list[int]
     scores: list[float]
@@ -138,7 +138,7 @@ class Report:
         baseline: The student's twin, same start and budget, trained without distillation; None if left out.
         student: The student's column.
         comparison: How they stand to each other; None without a baseline.
-        plan: One row per term: name, loss, tap, teacher_tap, weight, projection, parameters.
+        plan: One row per term: name, loss, tap, teacher_tap, weight at the start, schedule, projection, parameters.
         curves: The trainings of this run.
         seeds: The seeds.
         environment: Versions, machine, threads.

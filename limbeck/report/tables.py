@@ -284,7 +284,7 @@ def _plan_row(row: Mapping[str, Any]) -> tuple[str, ...]:
         _with_options(row.get("loss", NOTHING), row.get("options")),
         one_line(str(row.get("tap", NOTHING))),
         TRUE_LABELS if row.get("teacher_tap") == "labels" else one_line(str(row.get("teacher_tap"))),
-        weight_text(row.get("weight", 1.0)),
+        one_line(str(row.get("schedule") or weight_text(row.get("weight", 1.0)))),
         _projection(row.get("projection")),
         write.parameters(row.get("parameters") or 0),
     )

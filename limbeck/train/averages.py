@@ -8,6 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from limbeck.types import Output
+
+TOTAL = "the loss"
+"""The key of the loss among the terms; none of them is called so."""
+
+
+class StepTotals:
+    """What the parts of one step add up to, for a balance that follows the steps."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.products: Tensor | None = None
+
+    def add(self, output: Output, share: float) -> None:
+        """Add a micro-batch; gradients are measured in the first of them."""
+        for name, value in output.terms.items():
+            self.values[name] = self.values[name] + value * share if name in self.values else value * share
+        self.products = output.gradients if self.products is None else self.products
+
+    def everywhere(self, accelerator: Any) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The same over all ranks: terms are summed as DDP does it, gradients are averaged."""
+        if accelerator.num_processes == 1:
+            return self.values, self.products
+        mean = accelerator.reduce(torch.stack([v.float() for v in self.values.values()]), "mean")
+        products = None if self.products is None else accelerator.reduce(self.products, "mean")
+        return dict(zip(self.values, mean, strict=True)), products
+
 
 class Averages:
     """Sums of each term over the steps since the last line of the log."""

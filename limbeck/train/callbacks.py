@@ -27,7 +27,8 @@ class State:
         learning_rate: The last update's.
         loss: Weighted sum of the terms, the mean over the steps since the last line of the log.
         terms: Unweighted terms, likewise.
-        weights: Weight of each term.
+        weights: What each term is multiplied by now, schedules and balance included.
+        gradients: Where they were measured: each term's share of the gradient and its cosine with all the others'.
         scores: The last evaluation's metrics.
         best_score: The best main metric so far, or None.
         best_step: Where it was reached.
@@ -50,6 +51,7 @@ class State:
     loss: float = 0.0
     terms: dict[str, float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
+    gradients: dict[str, dict[str, float]] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     best_score: float | None = None
     best_step: int = 0
@@ -87,6 +89,9 @@ class Callback:
     def on_log(self, state: State) -> None:
         """After each `log_every` steps, when ``loss`` and ``terms`` are fresh."""
 
+    def on_gradients(self, state: State) -> None:
+        """After each measurement of the terms' gradients, when ``gradients`` are fresh."""
+
     def on_evaluate(self, state: State) -> None:
         """After each evaluation, when ``scores`` are fresh."""
 
@@ -122,9 +127,14 @@ class JsonLog(Callback):
             state,
             loss=state.loss,
             terms=state.terms,
+            weights=state.weights,
             weighted=weighted,
             learning_rate=state.learning_rate,
         )
+
+    def on_gradients(self, state: State) -> None:
+        """Write each term's share of the gradient and its cosine with the others'."""
+        self._write(state, gradients=state.gradients)
 
     def on_evaluate(self, state: State) -> None:
         """Write the scores."""
@@ -177,6 +187,11 @@ class TrackerLog(Callback):
             values[f"terms/{name}"] = value
             values[f"weighted/{name}"] = state.weights[name] * value
         self.accelerator.log(values, step=state.step)
+
+    def on_gradients(self, state: State) -> None:
+        """Log each term's share of the gradient and its cosine with the others'."""
+        named = {f"gradients/{kind}/{n}": v for kind, of in state.gradients.items() for n, v in of.items()}
+        self.accelerator.log(named, step=state.step)
 
     def on_evaluate(self, state: State) -> None:
         """Log the scores."""

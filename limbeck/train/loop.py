@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from limbeck.balance import interference
 from limbeck.batch import to_device
 from limbeck.distiller import Distiller
 from limbeck.metrics import Metric, get_metric
-from limbeck.train.averages import Averages
+from limbeck.train.averages import TOTAL, Averages, StepTotals
 from limbeck.train.callbacks import Callback, State, TrackerLog
 from limbeck.train.data import Batches, Step, as_batches
 from limbeck.train.predict import predict
@@ -151,10 +152,10 @@ class _Training:
 
             unused = any_without_gradient(self.distiller, sample)
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
-        optimizer = settings.build_optimizer(self.distiller.student, self.distiller.projections)
+        optimizer = settings.build_optimizer(self.distiller.student, self.distiller.objective)
         self.model, self.optimizer = accelerator.prepare(self.distiller, optimizer)
         total = settings.total_steps(len(batches))
-        self.state = State(self.distiller, total, weights={t.name: t.weight for t in self.distiller.terms})
+        self.state = State(self.distiller, total)
         self.files = Checkpointer(
             accelerator,
             self.distiller,
@@ -192,13 +193,19 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        counts = self._global_counts(step)
+        counts, progress = self._global_counts(step), state.step / max(1, state.total_steps - 1)
+        measures, observed = self._measures(), StepTotals()
         for number, batch in enumerate(step.micro_batches, start=1):
+            placed = to_device(batch, accelerator.device)
             with self._sync(last=number == len(step.micro_batches)):
                 with self._autocast():
-                    output = self.model(**to_device(batch, accelerator.device), counts=counts)
+                    output = self.model(
+                        **placed, counts=counts, progress=progress, measure=measures and number == 1
+                    )
                 accelerator.backward(self.scaler.scale(output.loss * step.share))
-            self.averages.add(output.terms, step.share)
+            self.averages.add({**output.terms, TOTAL: output.loss.detach()}, step.share)
+            observed.add(output, step.share)
+        state.weights = output.weights
         if settings.clip is not None:
             self.scaler.unscale_(self.optimizer)
             accelerator.clip_grad_norm_(self.model.parameters(), settings.clip)
@@ -211,6 +218,28 @@ class _Training:
         state.learning_rate = settings.learning_rate * factor
         state.examples += step.examples
         self.averages.steps += 1
+        self._observe(observed, progress)
+
+    def _measures(self) -> bool:
+        """Whether this step measures the terms' gradients, for the log or for the balance."""
+        wishes = (self.settings.gradients_every, self.distiller.objective.balance.every)
+        return any(every is not None and self.state.step % every == 0 for every in wishes)
+
+    def _observe(self, totals: StepTotals, progress: float) -> None:
+        """Let the balance and the log know what this step was, over all micro-batches and ranks."""
+        objective, every = self.distiller.objective, self.settings.gradients_every
+        if not objective.balance.observes and totals.products is None:
+            return
+        values, products = totals.everywhere(self.accelerator)
+        objective.observe(values, progress, products)
+        if products is not None and every is not None and (self.state.step - 1) % every == 0:
+            shares, cosines = interference(products)
+            names = [t.name for t in objective.terms]
+            self.state.gradients = {
+                "share": dict(zip(names, shares, strict=True)),
+                "cosine": dict(zip(names, cosines, strict=True)),
+            }
+            self._call("on_gradients")
 
     def _after_step(self, epoch_steps: int) -> bool:
         """Log, evaluate, save and decide whether to go on.
@@ -290,8 +319,9 @@ class _Training:
         """Report the mean of each term over the steps since the last time."""
         state = self.state
         state.terms = self._term_means()
+        state.loss = state.terms.pop(TOTAL, 0.0)
+        state.weights = {name: float(weight) for name, weight in state.weights.items()}
         state.teacher_seconds = self.distiller.teacher_seconds
-        state.loss = sum(state.weights[n] * v for n, v in state.terms.items())
         self.averages.reset()
         self._call("on_log")
 

@@ -21,7 +21,7 @@ from limbeck.train.callbacks import State
 from limbeck.train.settings import Settings
 
 BEST = "best.safetensors"
-HARMLESS = {"checkpoint_every", "keep", "log_every", "trackers"}
+HARMLESS = {"checkpoint_every", "gradients_every", "keep", "log_every", "trackers"}
 """Settings that change no weight; a training may go on with others."""
 
 
@@ -36,16 +36,16 @@ def identity(
         >>> distiller = Distiller(nn.Linear(2, 2), None, [Term("labels", loss="cross_entropy")])
         >>> found = identity(Settings(), distiller, batches=10, total_steps=30, world=1)
         >>> found["term cross_entropy"], found["settings.batch_size"]
-        ('Term(cross_entropy: logits -> labels, weight 1), weight 1.0, project None, mask None', 32)
+        ('Term(cross_entropy: logits -> labels, weight 1), project None, mask None', 32)
     """
     terms = {
-        f"term {t.name}": _without_addresses(f"{t!r}, weight {t.weight}, project {t.project}, mask {t.mask}")
-        for t in distiller.terms
+        f"term {t.name}": _without_addresses(f"{t!r}, project {t.project}, mask {t.mask}") for t in distiller.terms
     }
     chosen = settings.model_dump(mode="json", exclude=HARMLESS)
     return {
         **{f"settings.{name}": value for name, value in chosen.items()},
         **terms,
+        "balance": type(distiller.objective.balance).__name__,
         "batches per epoch": batches,
         "steps": total_steps,
         "ranks": world,

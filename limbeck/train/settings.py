@@ -61,6 +61,9 @@ class Settings(BaseModel):
     best: bool = Field(False, description="end with the weights of the best evaluation, not the last")
     patience: int | None = Field(None, gt=0, description="evaluations without a better score before stopping")
     log_every: int = Field(10, gt=0, description="steps between lines of the log")
+    gradients_every: int | None = Field(
+        None, gt=0, description="steps between measurements of each term's gradient; a backward pass per term"
+    )
     trackers: list[str] = Field(default_factory=list, description="accelerate's trackers: tensorboard, ...")
 
     def total_steps(self, batches_per_epoch: int) -> int:
@@ -82,15 +85,15 @@ class Settings(BaseModel):
         progress = (step - warmup) / max(1, total - warmup)
         return 1.0 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
-    def build_optimizer(self, student: nn.Module, projections: nn.Module) -> torch.optim.Optimizer:
-        """Make the optimizer, with groups for projections and for what weight decay leaves alone.
+    def build_optimizer(self, student: nn.Module, objective: nn.Module) -> torch.optim.Optimizer:
+        """Make the optimizer, with groups for what trains with the student and for what weight decay leaves alone.
 
         Raises:
             TypeError: an option that the optimizer does not have.
         """
         groups = [
             *self._groups(student.parameters(), self.learning_rate),
-            *self._groups(projections.parameters(), self.projection_learning_rate or self.learning_rate),
+            *self._groups(objective.parameters(), self.projection_learning_rate or self.learning_rate),
         ]
         options: dict[str, Any] = {"fused": True} if self.optimizer in FUSED else {}
         return OPTIMIZERS[self.optimizer](groups, **options | self.optimizer_options)

@@ -1,0 +1,181 @@
+"""A loss made ready: options checked, schedules and transforms built, whatever the Distiller has to add known."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from limbeck.losses.base import LOSSES, SUPPLIED, traits_of
+from limbeck.losses.transforms import build_temperature, build_transform
+from limbeck.reduce import reduce
+from limbeck.registry import check_options
+from limbeck.schedules import build_schedule, is_schedule, value_at
+
+Side = Tensor | tuple[Tensor, ...]
+"""What a loss reads of one model: a tensor, or several from several places."""
+
+TransformSpec = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A loss with its options, and what is done to both sides before it.
+
+    Attributes:
+        name: The loss's name.
+        loss: The function.
+        options: Its options; a `limbeck.schedules.Scheduled` among them is evaluated at each call.
+        transforms: How they were written; they are applied in this order.
+        asks: What of `SUPPLIED` the loss asks for.
+
+    Example:
+        >>> import torch
+        >>> kd = compare_by("forward_kl", transforms=["standardize"], temperature=2.0)
+        >>> abs(kd(torch.tensor([[1.0, 3.0]]), torch.tensor([[10.0, 30.0]])).item()) < 1e-6
+        True
+    """
+
+    name: str
+    loss: Callable[..., Tensor]
+    options: Mapping[str, Any]
+    transforms: tuple[TransformSpec, ...]
+    asks: frozenset[str]
+    steps: tuple[Callable[..., tuple[Tensor, Tensor]], ...] = field(compare=False, repr=False)
+
+    def __call__(
+        self,
+        student: Side,
+        teacher: Side,
+        *,
+        progress: float | None = None,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        **supplied: Any,
+    ) -> Tensor:
+        """Compare two sides.
+
+        Args:
+            student: What was read of the student.
+            teacher: What was read of the teacher.
+            progress: From 0 to 1; needed where an option is scheduled.
+            labels: The batch's labels, for losses and transforms that ask.
+            mask: Positions that count, likewise.
+            **supplied: What else the loss asks for.
+        """
+        for transform in self.steps:
+            assert isinstance(student, Tensor)
+            assert isinstance(teacher, Tensor)
+            student, teacher = transform(student, teacher, labels)
+        options = {k: value_at(v, progress, f"{k} of {self.name}") for k, v in self.options.items()}
+        if callable(options.get("temperature")):
+            options["temperature"] = options["temperature"](student, teacher, mask)
+        if "labels" in self.asks:
+            supplied["labels"] = self._known(labels)
+        if "mask" in self.asks:
+            supplied["mask"] = mask
+        return self.loss(student, teacher, **options, **supplied)
+
+    def _known(self, labels: Tensor | None) -> Tensor | None:
+        if labels is None and inspect.signature(self.loss).parameters["labels"].default is inspect.Parameter.empty:
+            raise ValueError(f"loss {self.name!r} needs labels, and there are none; add them to the batch")
+        return labels
+
+    def __repr__(self) -> str:
+        shown = [f"{k}={v!r}" for k, v in self.options.items()]
+        shown += [f"transforms={list(self.transforms)!r}"] if self.transforms else []
+        return ", ".join([self.name, *shown])
+
+
+def compare_by(
+    loss: str | Callable[..., Tensor],
+    *,
+    transforms: TransformSpec | Sequence[TransformSpec] = (),
+    given: Sequence[str] = (),
+    **options: Any,
+) -> Comparison:
+    """Make a loss ready.
+
+    Args:
+        loss: A registered name, ``"package.module:function"`` or a function.
+        transforms: What is done to both sides first: names from `limbeck.losses.transforms`, or
+            ``{"kind": name, **options}``.
+        given: Keyword-only parameters that the caller fills in at each call, beside `SUPPLIED`.
+        **options: Options of the loss. A mapping with the key ``schedule`` changes with progress; a
+            ``temperature`` may also be the name of one that each example has of its own.
+
+    Raises:
+        ValueError: unknown names.
+        TypeError: an option that the loss does not have.
+    """
+    function = LOSSES.get(loss) if isinstance(loss, str) else loss
+    name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
+    check_options(function, options, SUPPLIED | set(given), f"loss {name!r}")
+    written = (transforms,) if isinstance(transforms, (str, Mapping)) else tuple(transforms)
+    steps = tuple(build_transform(spec) for spec in written)
+    return Comparison(name, function, _built(options), written, _asked_for(function), steps)
+
+
+def _built(options: Mapping[str, Any]) -> dict[str, Any]:
+    built = {key: build_schedule(value) if is_schedule(value) else value for key, value in options.items()}
+    temperature = built.get("temperature")
+    if isinstance(temperature, (str, Mapping)):
+        built["temperature"] = build_temperature(temperature)
+    return built
+
+
+def _asked_for(function: Callable[..., Tensor]) -> frozenset[str]:
+    """The inputs beside the two sides that a loss asks for, as keyword-only parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    return SUPPLIED & {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def evaluate(
+    name: str | Callable[..., Tensor],
+    student: Side,
+    teacher: Side,
+    reduction: Literal["mean", "batchmean", "sum"] = "mean",
+    *,
+    mask: Tensor | None = None,
+    transforms: TransformSpec | Sequence[TransformSpec] = (),
+    progress: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """Compute one number from a loss, outside of any Distiller.
+
+    Args:
+        name: A registered name, ``"package.module:function"`` or a function.
+        student: What is read of the student, a tensor or a tuple of tensors.
+        teacher: What it is compared with.
+        reduction: ``"mean"`` over valid positions, ``"sum"`` over them, or ``"batchmean"``: the sum divided by
+            the number of examples.
+        mask: (B,) or (B, L), 0 where a position does not count; it is also given to a loss that asks for one.
+        transforms: See `compare_by`.
+        progress: Where training is, from 0 to 1, for scheduled options.
+        **options: Options of the loss, and the ``labels`` or ``example_id`` that it asks for.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: an unknown name or reduction, or inputs that do not fit.
+        TypeError: an option that the loss does not have, or one that it needs and did not get.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+        >>> round(evaluate("forward_kl", student, teacher, temperature=4.0).item(), 4)
+        0.4848
+    """
+    supplied = {key: options.pop(key) for key in (*SUPPLIED, *_brought(name)) if key in options}
+    comparison = compare_by(name, transforms=transforms, given=tuple(supplied), **options)
+    values = comparison(student, teacher, progress=progress, mask=mask, **supplied)
+    return reduce(values, mask, reduction)
+
+
+def _brought(loss: str | Callable[..., Tensor]) -> tuple[str, ...]:
+    traits = traits_of(LOSSES.get(loss) if isinstance(loss, str) else loss)
+    return (*traits.learns, *traits.borrows)

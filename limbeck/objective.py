@@ -1,0 +1,302 @@
+"""The objective: terms, the modules that train with them, and how they become one loss.
+
+It compares two Signals and knows no models; the Distiller reads those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from limbeck.balance import build_balance, gradient_products
+from limbeck.batch import ATTENTION_MASK, batch_size, mask_key, valid_positions
+from limbeck.losses.call import Side
+from limbeck.projectors import Projector, build_projector
+from limbeck.reduce import blank, masked_mean
+from limbeck.registry import nearest
+from limbeck.terms import Term
+from limbeck.types import EXAMPLE_ID, LABELS, Batch, Output, Signal
+
+EXAMPLES = "examples"
+
+Borrow = Callable[[str], nn.Module]
+"""Finds a module of the teacher by its path."""
+
+
+@dataclass(frozen=True)
+class PlannedTerm:
+    """What the preflight found out about one term.
+
+    Attributes:
+        term: The term.
+        student_shape: Shape of what is read from the student, for two examples; several where the term reads
+            several places.
+        teacher_shape: Shape of what it is compared with.
+        mask: Which entry of the batch masks it, or None.
+        value: Its unweighted value before any training.
+        parameters: Number of parameters that train with it.
+    """
+
+    term: Term
+    student_shape: tuple[Any, ...]
+    teacher_shape: tuple[Any, ...]
+    mask: str | None
+    value: float
+    parameters: int
+
+
+class Objective(nn.Module):
+    """What is minimised: terms with their projections and whatever else they train, and the balance between them.
+
+    Args:
+        terms: The terms, each under a name of its own.
+        balance: See `limbeck.balance.build_balance`.
+        borrow: Finds a part of the teacher by its path, for losses that ask for one.
+
+    Raises:
+        ValueError: no term, two of one name, or a part that the teacher does not have.
+    """
+
+    def __init__(self, terms: Sequence[Term], balance: str | Mapping[str, Any], borrow: Borrow) -> None:
+        super().__init__()
+        self.terms = _checked_terms(terms)
+        self.projections = nn.ModuleDict(
+            {_key(t): build_projector(t.project) for t in terms if t.project is not None}
+        )
+        self.learned = nn.ModuleDict(
+            {
+                _key(t): nn.ModuleDict({name: build_projector(spec) for name, spec in t.learned.items()})
+                for t in terms
+                if t.learned
+            }
+        )
+        self.balance = build_balance(balance, [t.name for t in terms])
+        self._borrowed: dict[str, dict[str, nn.Module]] = {}
+        for term in terms:
+            with in_term(term):
+                self._borrowed[term.name] = {name: borrow(path) for name, path in term.borrowed.items()}
+
+    def forward(
+        self,
+        student: Signal,
+        teacher: Signal,
+        batch: Batch,
+        counts: Mapping[str, float] | None = None,
+        progress: float | None = None,
+        measured: Sequence[nn.Parameter] | None = None,
+    ) -> Output:
+        """Compare two signals of one batch.
+
+        Args:
+            student: What was read of the student.
+            teacher: What was read of the teacher.
+            batch: The batch, for labels and masks.
+            counts: Numbers of valid positions in the whole step, when this batch is a part of it.
+            progress: Where training is, from 0 to 1; needed where anything is scheduled.
+            measured: Parameters in which each term's gradient is to be measured; None for no measurement.
+        """
+        values = {t.name: self._value(t, student, teacher, batch, counts, progress) for t in self.terms}
+        weights = [t.weight_at(progress) for t in self.terms]
+        weighted = [w * v for w, v in zip(weights, values.values(), strict=True)]
+        products = None if measured is None else gradient_products(weighted, measured)
+        factors, penalty, shown = self.balance.factors(), self.balance.penalty(), weights
+        if factors is None:
+            loss = torch.stack(weighted).sum()
+        else:
+            loss = (torch.stack(weighted) * factors).sum()
+            shown = [w * factor for w, factor in zip(weights, factors.detach(), strict=True)]
+        if penalty is not None:
+            loss = loss + penalty * (1.0 if counts is None else batch_size(batch) / counts[EXAMPLES])
+        found = {name: value.detach() for name, value in values.items()}
+        return Output(loss, None, found, dict(zip(values, shown, strict=True)), products)
+
+    def observe(self, values: Mapping[str, Tensor], progress: float | None, products: Tensor | None) -> None:
+        """Let the balance take notice of a whole step.
+
+        Args:
+            values: The unweighted terms of the step, over all its parts.
+            progress: Where training was.
+            products: Dot products of the weighted terms' gradients, where they were measured.
+        """
+        weighted = torch.stack([values[t.name] * t.weight_at(progress) for t in self.terms])
+        norms = None if products is None else products.diagonal().clamp_min(0).sqrt()
+        self.balance.observe(weighted, norms)
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        """Count the valid positions of a batch, for each mask that a term may use."""
+        counts = {EXAMPLES: float(batch_size(batch))}
+        for key in dict.fromkeys((ATTENTION_MASK, LABELS, *(t.mask for t in self.terms if t.mask))):
+            mask = valid_positions(batch, key)
+            if mask is not None:
+                counts[key] = float(mask.sum())
+        return counts
+
+    def plan(self, student: Signal, teacher: Signal, batch: Batch) -> list[PlannedTerm]:
+        """Size all projections and say what each term will do, at the start and, if scheduled, at the end.
+
+        Raises:
+            ValueError: shapes that do not match, or a term that is not finite.
+        """
+        return [self._plan(term, student, teacher, batch) for term in self.terms]
+
+    def _plan(self, term: Term, student: Signal, teacher: Signal, batch: Batch) -> PlannedTerm:
+        with in_term(term):
+            read, target = _sides(term, student, teacher, batch)
+        value = self._value(term, student, teacher, batch, progress=0.0).item()
+        ends = [
+            value,
+            *([self._value(term, student, teacher, batch, progress=1.0).item()] if term.is_scheduled else []),
+        ]
+        wrong = next((v for v in ends if not math.isfinite(v)), None)
+        if wrong is not None:
+            raise ValueError(f"{where(term)} is {wrong} before any training; check both models' outputs")
+        own = [modules[_key(term)] for modules in (self.projections, self.learned) if _key(term) in modules]
+        parameters = sum(p.numel() for module in own for p in module.parameters())
+        return PlannedTerm(term, _shape(read), _shape(target), _mask_of(term, read, batch), value, parameters)
+
+    def _value(
+        self,
+        term: Term,
+        student: Signal,
+        teacher: Signal,
+        batch: Batch,
+        counts: Mapping[str, float] | None = None,
+        progress: float | None = None,
+    ) -> Tensor:
+        """Project, compare and reduce: the unweighted value of one term, a scalar."""
+        with in_term(term):
+            read, target = _sides(term, student, teacher, batch)
+            read = self._project(term, read, target)
+            key = _mask_of(term, read, batch)
+            mask = None if key is None else valid_positions(batch, key)
+            if mask is not None and not term.reads_labels:
+                read, target = _blanked(read, mask), _blanked(target, mask)
+            with torch.autocast(_first(read).device.type, enabled=False):
+                supplied = self._supplied(term, read, target, batch)
+                values = term.comparison(read, target, progress=progress, mask=mask, **supplied)
+            if values.ndim == 0:  # it describes the batch as a whole, and counts once per example
+                mask, values = None, values.expand(batch_size(batch))
+            elif mask is not None and values.shape[: mask.ndim] != mask.shape:
+                mask = None  # the loss used the mask inside, and gives one value per example
+            count = None if counts is None else counts[EXAMPLES if mask is None else str(key)]
+            return masked_mean(values, mask, count)
+
+    def _supplied(self, term: Term, read: Side, target: Side, batch: Batch) -> dict[str, Any]:
+        """What the loss may ask for beside the two sides and the mask."""
+        supplied: dict[str, Any] = {**self._learned(term, read, target), **self._borrowed[term.name]}
+        supplied[LABELS] = batch.get(LABELS)
+        if EXAMPLE_ID in term.comparison.asks:
+            supplied[EXAMPLE_ID] = _entry(batch, EXAMPLE_ID)
+        return supplied
+
+    def _learned(self, term: Term, read: Side, target: Side) -> dict[str, nn.Module]:
+        if not term.learned:
+            return {}
+        modules = self.learned[_key(term)]
+        assert isinstance(modules, nn.ModuleDict)
+        for module in modules.values():
+            _ensure_sized(module, read, target)
+        return dict(modules.items())
+
+    def _project(self, term: Term, read: Side, target: Side) -> Side:
+        if term.project is None:
+            return read
+        projector = self.projections[_key(term)]
+        _ensure_sized(projector, read, target)
+        projected: Side = projector(read, _sizes(target))
+        return projected
+
+
+def _ensure_sized(module: nn.Module, read: Side, target: Side) -> None:
+    assert isinstance(module, Projector)
+    if not module.sized:
+        module.size(_sizes(read), _sizes(target))
+        module.to(device=_first(read).device)
+
+
+def _sides(term: Term, student: Signal, teacher: Signal, batch: Batch) -> tuple[Side, Side]:
+    """What a term compares: one tensor on each side, or a tuple of them."""
+    read = tuple(student[tap] for tap in term.taps)
+    target = (_labels(batch),) if term.reads_labels else tuple(teacher[tap] for tap in term.teacher_taps)
+    return (read[0], target[0]) if len(read) == 1 else (read, target)
+
+
+def _first(side: Side) -> Tensor:
+    return side[0] if isinstance(side, tuple) else side
+
+
+def _sizes(side: Side) -> Size | tuple[Size, ...]:
+    return tuple(t.shape for t in side) if isinstance(side, tuple) else side.shape
+
+
+def _shape(side: Side) -> tuple[Any, ...]:
+    return tuple(tuple(t.shape) for t in side) if isinstance(side, tuple) else tuple(side.shape)
+
+
+def _blanked(side: Side, mask: Tensor) -> Side:
+    """Zeros at masked positions, of every tensor that has these positions."""
+
+    def blanked(tensor: Tensor) -> Tensor:
+        return blank(tensor, mask) if tensor.shape[: mask.ndim] == mask.shape else tensor
+
+    return tuple(blanked(t) for t in side) if isinstance(side, tuple) else blanked(side)
+
+
+def _key(term: Term) -> str:
+    """The name of a term's modules in the state dict, where dots have a meaning."""
+    return term.name.replace("/", "//").replace(".", "/")
+
+
+def _mask_of(term: Term, read: Side, batch: Batch) -> str | None:
+    """The entry of the batch that masks a term: the one it names, the labels' own, or the one whose shape fits."""
+    if term.mask is None:
+        return LABELS if term.reads_labels else mask_key(_first(read).shape, batch)
+    _entry(batch, term.mask)
+    return term.mask
+
+
+def _labels(batch: Batch) -> Tensor:
+    labels = batch.get(LABELS)
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"the batch has no labels, only {sorted(batch)}; drop the term or add them")
+    return labels
+
+
+def _entry(batch: Batch, key: str) -> Tensor:
+    if key not in batch:
+        kind = "example_id, which tells examples apart" if key == EXAMPLE_ID else f"mask {key!r}"
+        raise ValueError(f"the batch has no {kind}; {nearest(key, batch)}")
+    entry: Tensor = batch[key]
+    return entry
+
+
+def where(term: Term) -> str:
+    """A term in an error message."""
+    return f"term {term.name!r} ({term.tap} -> {term.teacher_tap})"
+
+
+@contextmanager
+def in_term(term: Term, side: str = "") -> Iterator[None]:
+    """Say in which term an error arose."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where(term)}: {side}{error}") from None
+
+
+def _checked_terms(terms: Sequence[Term]) -> tuple[Term, ...]:
+    if not terms:
+        raise ValueError("a Distiller needs a term; add Term('logits', loss='forward_kl')")
+    names = [t.name for t in terms]
+    for term in terms:
+        if names.count(term.name) > 1:
+            raise ValueError(f"two terms are called {term.name!r}; give one another name=")
+        if (term.project is not None or term.learned) and _key(term) in dir(nn.ModuleDict):
+            raise ValueError(f"a term with a projection cannot be called {term.name!r}; give it another name=")
+    return tuple(terms)
