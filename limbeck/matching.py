@@ -77,19 +77,10 @@ def similarity(students: Sequence[Tensor], teachers: Sequence[Tensor], kind: str
     if kind != "cka":
         raise ValueError(f"unknown similarity {kind!r}; known: cka")
     _check_layers(students, teachers)
-    own, others = [_centred(x) for x in students], [_centred(y) for y in teachers]
-    rows = [[_alignment(x, y) for y in others] for x in own]
-    norms = [[math.sqrt(_alignment(x, x)) for x in side] for side in (own, others)]
-    return torch.tensor(
-        [
-            [
-                value / (left * right) if left * right > 0 else 0.0
-                for value, right in zip(row, norms[1], strict=True)
-            ]
-            for row, left in zip(rows, norms[0], strict=True)
-        ],
-        dtype=torch.float64,
-    )
+    own, others = [_normalised(x) for x in students], [_normalised(y) for y in teachers]
+    if len(own[0]) < max(x.shape[1] for x in (*own, *others)):  # O(N² D) in all, and O(N²) for each pair
+        return _inner_products(own) @ _inner_products(others).T
+    return torch.stack([torch.stack([(x.T @ y).square().sum() for y in others]) for x in own])  # O(N D²)
 
 
 def _check_layers(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> None:
@@ -112,22 +103,22 @@ def _check_layers(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Non
             raise ValueError(f"features of {side} layer {index} are not all finite; check the model")
 
 
-def _centred(features: Tensor) -> Tensor:
-    """Features in float64 without their mean, scaled to norm 1; zeros where nothing but rounding is left."""
+def _normalised(features: Tensor) -> Tensor:
+    """Features X in float64, centred and scaled so that ``||X^T X|| = 1``; zeros where only rounding is left."""
     features = features.detach().double()
     features = features / features.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
     centred = features - features.mean(dim=0)
-    rounding = 16 * torch.finfo(torch.float64).eps * math.sqrt(features.numel())
     norm = torch.linalg.vector_norm(centred)
-    return centred / norm if norm > rounding else torch.zeros_like(centred)
+    if norm <= 16 * torch.finfo(torch.float64).eps * math.sqrt(features.numel()):
+        return torch.zeros_like(centred)
+    centred = centred / norm
+    square = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
+    return centred.div(torch.linalg.vector_norm(square).sqrt())
 
 
-def _alignment(x: Tensor, y: Tensor) -> float:
-    """``||X^T Y||²`` of centred features, over features in O(N D D') or over examples in O(N² (D + D'))."""
-    examples, width, other = len(x), x.shape[1], y.shape[1]
-    if examples * (width + other) < width * other:
-        return float(((x @ x.T) * (y @ y.T)).sum())
-    return float((x.T @ y).square().sum())
+def _inner_products(layers: Sequence[Tensor]) -> Tensor:
+    """``X X^T`` of each layer, flat; the inner product of two such rows is ``||X^T Y||²``."""
+    return torch.stack([(x @ x.T).flatten() for x in layers])
 
 
 def match_layers(similarity: Tensor, kind: str = "cka", monotone: bool = True) -> Pairs:
@@ -165,7 +156,8 @@ def match_layers(similarity: Tensor, kind: str = "cka", monotone: bool = True) -
             f"{similarity.shape[0]} student layers cannot each have one of {similarity.shape[1]} teacher layers; "
             "use kind='emd'"
         )
-    return _in_order(similarity.double()) if monotone else _in_any_order(similarity)
+    gain = similarity.detach().cpu().double()
+    return _in_order(gain) if monotone else _in_any_order(gain)
 
 
 def _check_matrix(similarity: Tensor) -> None:
@@ -193,7 +185,7 @@ def _in_order(gain: Tensor) -> Pairs:
 def _in_any_order(gain: Tensor) -> Pairs:
     from scipy.optimize import linear_sum_assignment
 
-    rows, columns = linear_sum_assignment(gain.detach().cpu().double().numpy(), maximize=True)
+    rows, columns = linear_sum_assignment(gain.numpy(), maximize=True)
     return [(int(s), int(t)) for s, t in zip(rows, columns, strict=True)]
 
 

@@ -45,7 +45,7 @@ def naive_cka(x, y):
     return hsic(k, other) / math.sqrt(hsic(k, k) * hsic(other, other))
 
 
-@pytest.mark.parametrize("examples", [3, 12])
+@pytest.mark.parametrize("examples", [3, 12, 40])
 def test_cka_is_the_ratio_of_hsic(examples):
     """With few examples it is computed over examples, with many over features."""
     students, teachers = layers([5, 9], examples), layers([4, 9, 30], examples, seed=1)

@@ -572,7 +572,7 @@ def test_identity_of_several_places():
 
 @pytest.mark.parametrize("kind", sorted({*SHAPES, *LEARNED} - {"identity", "each", "abf"}))
 def test_several_places_for_a_kind_that_maps_one(kind):
-    with pytest.raises(ValueError, match="maps one tensor and got several; write .*'each'"):
+    with pytest.raises(ValueError, match=r"maps one tensor and got several; write .*'each'"):
         sized(kind, *SHAPES["each"])
 
 
