@@ -89,7 +89,7 @@ def ab(student: Tensor, teacher: Tensor, *, margin: float = 1.0) -> Tensor:
 
 
 @loss
-def ofd(student: Tensor, teacher: Tensor, *, margin: Tensor | float) -> Tensor:
+def ofd(student: Tensor, teacher: Tensor, *, margin: Tensor | float | nn.BatchNorm2d) -> Tensor:
     r"""Overhauled feature distillation: summed squares, save where both are inactive and the student more so.
 
     .. math:: \sum_{chw} (s - \tilde t)^2 \, [s > \tilde t \text{ or } \tilde t > 0] \quad \tilde t = \max(t, m_c)
@@ -97,7 +97,8 @@ def ofd(student: Tensor, teacher: Tensor, *, margin: Tensor | float) -> Tensor:
     Args:
         student: Pre-activations (B, C, H, W), projected to the teacher's channels; a larger map is pooled.
         teacher: Pre-activations (B, C, H', W').
-        margin: m, a negative number, or one per channel (C,), see `ofd_margin`.
+        margin: m, a negative number, one per channel (C,), or the teacher's batch normalisation, from which
+            `ofd_margin` takes them.
 
     Returns:
         One value per example, (B,).
@@ -115,6 +116,7 @@ def ofd(student: Tensor, teacher: Tensor, *, margin: Tensor | float) -> Tensor:
         multiplies by 1/1000, and halves the weight with each stage from the last one down.
     """
     student, teacher = paired_maps(student, teacher)
+    margin = ofd_margin(margin) if isinstance(margin, nn.Module) else margin
     lowest = torch.as_tensor(margin, dtype=teacher.dtype, device=teacher.device).detach()
     target = torch.maximum(teacher, per_channel(lowest, teacher))
     counts = (student > target) | (target > 0)
@@ -132,10 +134,15 @@ def ofd_margin(norm: nn.BatchNorm2d) -> Tensor:
     Returns:
         (C,), negative. A channel that is negative in less than one case of a thousand gets -3 deviations.
 
+    Raises:
+        ValueError: the normalisation has no weights.
+
     Example:
         >>> ofd_margin(torch.nn.BatchNorm2d(1))
         tensor([-0.7979])
     """
+    if not norm.affine:
+        raise ValueError("a batch normalisation without weights does not know its margins; pass numbers")
     deviation, mean = full_precision(norm.weight.detach()).abs(), full_precision(norm.bias.detach())
     ratio = mean / deviation.clamp_min(1e-12)
     share = torch.special.ndtr(-ratio)

@@ -367,7 +367,8 @@ def fsp(
     _one_of("pool", pool, ("avg", "max"))
     flows = [_flow(*_pair_of(side, "fsp"), mask, pool) for side in (student, teacher)]
     if flows[0].shape != flows[1].shape:
-        raise ValueError(f"the channels of both sides differ: {mismatch(student[0].shape, teacher[0].shape)}")
+        culprit = 0 if flows[0].shape[:2] != flows[1].shape[:2] else 1
+        raise ValueError(mismatch(student[culprit].shape, teacher[culprit].shape))
     difference = flows[0] - flows[1].detach()
     if distance == "mse":
         return difference.square().mean(dim=(1, 2))

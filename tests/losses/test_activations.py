@@ -210,6 +210,10 @@ def test_margins_are_the_mean_of_what_is_negative():
     sampled = torch.stack([column[column < 0].mean() for column in numbers.T])
     torch.testing.assert_close(ofd_margin(norm)[:3], sampled.detach(), rtol=0, atol=5e-3)
     assert ofd_margin(norm)[3].item() == -3.0
+    maps = [x[:, :4] for x in (FS, FT)]
+    assert torch.equal(ofd(*maps, margin=norm), ofd(*maps, margin=ofd_margin(norm)))
+    with pytest.raises(ValueError, match="without weights does not know its margins"):
+        ofd(*maps, margin=torch.nn.BatchNorm2d(4, affine=False))
 
 
 def test_mgd_brings_its_generator_along():
