@@ -108,12 +108,13 @@ def _normalised(features: Tensor) -> Tensor:
     features = features.detach().double()
     features = features / features.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
     centred = features - features.mean(dim=0)
-    norm = torch.linalg.vector_norm(centred)
+    norm: Tensor = torch.linalg.vector_norm(centred)
     if norm <= 16 * torch.finfo(torch.float64).eps * math.sqrt(features.numel()):
         return torch.zeros_like(centred)
     centred = centred / norm
     square = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
-    return centred.div(torch.linalg.vector_norm(square).sqrt())
+    scale: Tensor = torch.linalg.vector_norm(square).sqrt()
+    return centred / scale
 
 
 def _inner_products(layers: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from safetensors.torch import load, save
 from torch import Size, nn
 from torch.nn.parameter import UninitializedParameter
 
-from limbeck.projectors import MLP, PROJECTORS, Conv1x1, Linear, build_projector
+from limbeck.projectors import MLP, PROJECTORS, Conv1x1, Linear, Projector, build_projector
 from limbeck.shapes import mismatch
 
 # what losses learn beside projections; `test_channel_variance` and those behind it
@@ -623,6 +623,29 @@ def test_channel_variance_resumes():
     fresh.load_state_dict(variance.state_dict())
     assert fresh.sized
     assert torch.equal(fresh(), variance())
+
+
+class Memory(Projector):
+    """Learns nothing, and remembers a row for each feature: buffers alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(0))
+
+    def size(self, student, teacher):
+        self.shape(rows=(teacher[-1], 3))
+        self.rows.fill_(1.0)
+
+
+def test_a_module_of_buffers_alone():
+    memory, fresh = Memory(), Memory()
+    assert not memory.sized
+    assert not memory.state_dict()
+    memory.size(Size([2, 3]), Size([2, 4]))
+    assert memory.sized
+    fresh.load_state_dict(memory.state_dict())
+    assert fresh.sized
+    assert torch.equal(fresh.rows, torch.ones(4, 3))
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------

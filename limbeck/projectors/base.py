@@ -34,8 +34,9 @@ class Unsized(nn.Module):
 
     @property
     def sized(self) -> bool:
-        """Whether the parameters have their shapes."""
-        return not any(isinstance(p, UninitializedParameter) for p in self.parameters())
+        """Whether the parameters and buffers have their shapes."""
+        unshaped = any(isinstance(p, UninitializedParameter) for p in self.parameters())
+        return not unshaped and all(buffer.numel() for buffer in self.buffers())
 
     def shape(self, **shapes: Iterable[int]) -> None:
         """Give parameters and buffers of this module, by name, their shapes; what is switched off is left out.
@@ -113,7 +114,7 @@ class PerPlace(Projector):
 
     @property
     def sized(self) -> bool:
-        """Whether there are parts, and their parameters have their shapes."""
+        """Whether there are parts, and all have their shapes."""
         return len(self.parts) > 0 and super().sized
 
     def part(self, index: int, places: int) -> nn.Module:
