@@ -8,6 +8,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 from torch import nn
 
 from limbeck.pretrained import quiet_transformers
-from limbeck.recipe import Depths, Recipe, StudentSpec
+from limbeck.recipe import Recipe, StudentSpec
 from limbeck.registry import check_options, import_object
-from limbeck.students.depth import count_layers, find_layers, take_layers
+from limbeck.students.depth import take_layers
 from limbeck.tasks import Loaded, Task
+from limbeck.tasks.networks import named_network
+from limbeck.tasks.pictures import PictureTask
+from limbeck.tasks.pixels import Pixels
 from limbeck.train.checkpoint import load_weights, save_weights
 
 STORE = Path("~/.cache/limbeck")
@@ -30,8 +34,9 @@ FORMAT = 1
 def load_model(task: Task, source: str, options: dict[str, Any], seed: int, processor: Any = None) -> Loaded:
     """Load a model by folder or hub id, or make one with ``package.module:function``.
 
-    Such a function is called with the task and its options; it may ask for the teacher's tokenizer by a
-    keyword-only parameter ``processor``.
+    Such a function is called with the task and its options; it may ask for the teacher's tokenizer (or what the
+    teacher makes of images) by a keyword-only parameter ``processor``. ``transformers:TYPE`` and ``timm:NAME`` are
+    such functions too.
 
     Raises:
         ValueError: nothing can be loaded.
@@ -39,16 +44,24 @@ def load_model(task: Task, source: str, options: dict[str, Any], seed: int, proc
     """
     torch.manual_seed(seed)
     if not is_function(source):
-        return task.load(source)
-    make: Callable[..., Any] = import_object(source)
+        return _with_processor(task.load(source), task, processor)
+    make: Callable[..., Any] = named_network(source) or import_object(source)
     check_options(make, options, ("processor",), source)
     asks = "processor" in inspect.signature(make).parameters
     made = make(task, **options, **({"processor": processor} if asks else {}))
-    if isinstance(made, Loaded):
-        return made
     if isinstance(made, nn.Module):
-        return Loaded(made, processor, head_is_trained=False)
+        made = Loaded(made, None, head_is_trained=False)
+    if isinstance(made, Loaded):
+        return _with_processor(made, task, processor)
     raise TypeError(f"{source} returned a {type(made).__name__}; return a module, or limbeck.tasks.Loaded")
+
+
+def _with_processor(loaded: Loaded, task: Task, processor: Any) -> Loaded:
+    """A model that brings no processor takes the teacher's; the first one to read images takes the task's."""
+    if loaded.processor is not None:
+        return loaded
+    own = task.pixels if processor is None and isinstance(task, PictureTask) else processor
+    return replace(loaded, processor=own)
 
 
 def is_function(source: str) -> bool:
@@ -67,29 +80,27 @@ def make_student(spec: StudentSpec, task: Task, teacher: Loaded, seed: int) -> n
         return student
     assert spec.model is not None
     loaded = load_model(task, spec.model, spec.options, seed, teacher.processor)
-    if _vocabulary(loaded.processor) != _vocabulary(teacher.processor):
-        raise ValueError(
-            f"the student {spec.model} reads other tokens than the teacher; take a student with its tokenizer"
-        )
+    _check_same_inputs(loaded.processor, teacher.processor, spec.model)
     return loaded.model
+
+
+def _check_same_inputs(student: Any, teacher: Any, source: str) -> None:
+    """Refuse a student that reads other inputs than its teacher."""
+    if isinstance(student, Pixels) and isinstance(teacher, Pixels):
+        if student != teacher:
+            raise ValueError(
+                f"the student {source} reads images as {student}, and the teacher as {teacher}; copy the "
+                "teacher's preprocessor_config.json to the student, which will be trained on such images"
+            )
+    elif _vocabulary(student) != _vocabulary(teacher):
+        raise ValueError(
+            f"the student {source} reads other tokens than the teacher; take a student with its tokenizer"
+        )
 
 
 def _vocabulary(processor: Any) -> dict[str, int]:
     """A tokenizer's tokens by number; none where inputs need no tokenizer."""
     return {} if processor is None else dict(processor.get_vocab())
-
-
-def find_depths(student: nn.Module, teacher: nn.Module, path: str | None) -> Depths | None:
-    """Where both models keep their layers; None where one has no list of layers that can be found."""
-    try:
-        return Depths(
-            student_path=find_layers(student, path),
-            teacher_path=find_layers(teacher, path),
-            student=count_layers(student, path),
-            teacher=count_layers(teacher, path),
-        )
-    except ValueError:
-        return None
 
 
 class TeacherStore:
@@ -114,6 +125,7 @@ class TeacherStore:
             "metric": task.metrics[0],
             "data": {name: rows.fingerprint() for name, rows in task.splits.items()},
             "max_length": recipe.task.max_length,
+            **({"images": images} if (images := _images_as(task)) else {}),
         }
         key = hashlib.sha256(json.dumps(self.made_by, sort_keys=True).encode()).hexdigest()
         self.folder = root / "teachers" / key[:20]
@@ -142,12 +154,19 @@ class TeacherStore:
         partial.rename(self.folder)
 
 
+def _images_as(task: Task) -> dict[str, Any]:
+    """How a task shows its images to a teacher in training; nothing for other tasks."""
+    return {"size": task.size, "augmentation": list(task.augmentation)} if isinstance(task, PictureTask) else {}
+
+
 def fingerprint(source: str) -> str:
     """A hash of what makes a model: a folder's files, or the source of a function's module.
 
     A hub id stands for itself, with the commit that the cache has of it where there is one.
     """
     folder = Path(source)
+    if is_function(source) and named_network(source):
+        return source
     if is_function(source):
         module = inspect.getmodule(import_object(source))
         return hashlib.sha256(inspect.getsource(module).encode() if module else b"").hexdigest()

@@ -44,7 +44,9 @@ def load_pretrained(source: str | Path) -> nn.Module:
     return model
 
 
-def load_with_head(model_class: Any, source: str | Path, labels: Sequence[str], what: str) -> tuple[Any, bool]:
+def load_with_head(
+    model_class: Any, source: str | Path, labels: Sequence[str], what: str, new_head: bool = False
+) -> tuple[Any, bool]:
     """Load a model with a head for some labels; the head is new where the source has none for this kind of task.
 
     Args:
@@ -52,6 +54,7 @@ def load_with_head(model_class: Any, source: str | Path, labels: Sequence[str], 
         source: A folder or hub id.
         labels: Names of the classes; empty where a number is to be predicted.
         what: What is loaded, in error messages: ``"a text model"``.
+        new_head: Replace a head for another number of classes too. Pretrained image models come with one.
 
     Returns:
         The model, and whether its head was trained for these labels.
@@ -63,6 +66,7 @@ def load_with_head(model_class: Any, source: str | Path, labels: Sequence[str], 
     config = load_config(source, what)
     kind = model_class.__name__.removeprefix("AutoModel")
     own = any(name.endswith(kind) for name in config.architectures or ())
+    own = own and not (new_head and len(config.id2label) != len(labels))
     if own:
         check_labels(config, labels, str(source))
     names = tuple(labels) or ("score",)

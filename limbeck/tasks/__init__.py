@@ -19,7 +19,7 @@ __all__ = [
     "task_names",
 ]
 
-KINDS = ("builtin", "glue", "image", "table")
+KINDS = ("builtin", "glue", "image", "pictures", "table")
 
 
 def _import_kinds() -> None:
@@ -41,7 +41,7 @@ def task_names() -> list[str]:
 
 
 def make_task(options: TaskOptions) -> Task:
-    """Make a task by name: ``glue/rte``, ``table``, ``docstrings``, ``digits`` or ``package.module:function``.
+    """Make a task by name: ``glue/rte``, ``table``, ``image``, ``digits``, ... or ``package.module:function``.
 
     Raises:
         ValueError: no such task, or its data cannot be had.

@@ -28,10 +28,15 @@ class TaskOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(description="glue/rte, table, docstrings, digits, ...")
+    name: str = Field(description="glue/rte, table, image, docstrings, digits, ...")
     data: str | None = Field(None, description="a folder or file; by default the hub, or what the task carries")
     text: tuple[str, ...] = Field((), description="text columns of a table, one or two")
     label: str | None = Field(None, description="label column of a table")
+    image: str | None = Field(None, description="image column of a table, by default the only one")
+    size: int | None = Field(None, gt=0, description="height and width of images, by default the model's own")
+    augmentation: tuple[str, ...] = Field(
+        ("crop", "flip"), description="what training does to images: crop or resized_crop, flip; or nothing"
+    )
     metric: str | None = Field(None, description="main metric, if not the task's own")
     max_length: int = Field(128, gt=0, description="tokens after which a text is cut")
     train_examples: int | None = Field(None, gt=0, description="use a random part of the training data")
@@ -40,8 +45,10 @@ class TaskOptions(BaseModel):
 
 
 def content(example: Any) -> bytes:
-    """What an input consists of, to tell equal ones: an image's values, or its texts."""
-    return bytes(example.tobytes()) if isinstance(example, np.ndarray) else "\x1f".join(example).encode()
+    """What an input consists of, to tell equal ones: its texts, an array's values, or what it says itself."""
+    if isinstance(example, tuple):
+        return "\x1f".join(example).encode()
+    return bytes(example.tobytes() if isinstance(example, np.ndarray) else example.content)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class Rows:
     """The examples of one split before encoding.
 
     Attributes:
-        inputs: What a model will read: tuples of one or two texts, or images.
+        inputs: What a model will read: tuples of one or two texts, arrays, or anything else whose ``content`` is
+            a hash of it.
         labels: A class index or a number for each.
     """
 

@@ -5,6 +5,7 @@ Shape legend: B examples, C channels, H and W height and width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,7 @@ class ImageTask:
 
     def load(self, source: str | Path) -> Loaded:
         """Load an image classifier from a folder or the hub."""
-        from transformers import AutoModelForImageClassification
-
-        model, trained = load_with_head(AutoModelForImageClassification, source, self.labels, "an image model")
+        model, trained = load_classifier(source, self.labels)
         return Loaded(model, None, head_is_trained=trained)
 
     def encode(self, rows: Rows, processor: Any) -> Examples:
@@ -64,6 +63,13 @@ class ImageTask:
                 for i, (image, label) in enumerate(zip(rows.inputs, rows.labels, strict=True))
             ]
         )
+
+
+def load_classifier(source: str | Path, labels: Sequence[str], new_head: bool = False) -> tuple[Any, bool]:
+    """Load an image classifier of transformers, and say whether its head was trained; see `load_with_head`."""
+    from transformers import AutoModelForImageClassification
+
+    return load_with_head(AutoModelForImageClassification, source, labels, "an image model", new_head=new_head)
 
 
 @TASKS.register_as("digits")

@@ -25,6 +25,9 @@ from limbeck.types import Batch
 BUCKET_BATCHES = 50
 """Batches that are sorted by length together: large enough to save padding, small enough to stay random."""
 
+AUGMENTATION = 1
+"""Sets the random numbers of augmentation apart from those of the order, which seed and epoch determine too."""
+
 
 @runtime_checkable
 class Indexed(Protocol):
@@ -47,6 +50,7 @@ class Examples:
         items: Anything with a length that gives an example for an index.
         collate: Makes a batch of a list of examples.
         lengths: Length of each example, to batch like with like; None where all are equally long.
+        augment: Changes an example for training, by what it draws from the generator.
 
     Example:
         >>> Examples([{"x": torch.tensor(1.0)}, {"x": torch.tensor(2.0)}]).batch([0, 1])
@@ -56,13 +60,26 @@ class Examples:
     items: Indexed
     collate: Callable[[list[Any]], Any] = default_collate
     lengths: Sequence[int] | None = None
+    augment: Callable[[Any, np.random.Generator], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """Collate some examples."""
-        return as_batch(self.collate([self.items[i] for i in indices]))
+    def batch(self, indices: Sequence[int], training: tuple[int, int] | None = None) -> Batch:
+        """Collate some examples.
+
+        Args:
+            indices: Their numbers.
+            training: The seed and the epoch of a training, which sees the examples augmented. Each has a generator
+                of its own, so that neither its batch nor its rank matters, and a resumed training draws the same.
+        """
+        return as_batch(self.collate([self._example(i, training) for i in indices]))
+
+    def _example(self, index: int, training: tuple[int, int] | None) -> Any:
+        item = self.items[index]
+        if training is None or self.augment is None:
+            return item
+        return self.augment(item, np.random.default_rng((*training, index, AUGMENTATION)))
 
 
 def cut(count: int, parts: int) -> list[tuple[int, int]]:
@@ -162,7 +179,8 @@ class ExampleBatches:
             ranges = shares(len(indices), self.rank, self.world, self.settings.accumulation)
             own = [indices[a:b] for a, b in ranges]
             share = float(bool(own[0]))
-            yield Step([self.data.batch(part or indices[:1]) for part in own], len(indices), share)
+            training = self.settings.seed, number
+            yield Step([self.data.batch(part or indices[:1], training) for part in own], len(indices), share)
 
     def sample(self) -> Batch:
         """See `Batches`."""
