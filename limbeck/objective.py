@@ -18,7 +18,7 @@ from limbeck.balance import build_balance, gradient_products
 from limbeck.batch import ATTENTION_MASK, batch_size, mask_key, valid_positions
 from limbeck.losses.call import Side
 from limbeck.projectors import Projector, build_projector
-from limbeck.reduce import blank, masked_mean
+from limbeck.reduce import blank, fitting, masked_mean
 from limbeck.registry import nearest
 from limbeck.terms import Term
 from limbeck.types import EXAMPLE_ID, LABELS, Batch, Output, Signal
@@ -67,7 +67,7 @@ class Objective(nn.Module):
         super().__init__()
         self.terms = _checked_terms(terms)
         self.projections = nn.ModuleDict(
-            {_key(t): build_projector(t.project) for t in terms if t.project is not None}
+            {_key(t): build_projector(t.project, t.places) for t in terms if t.project is not None}
         )
         self.learned = nn.ModuleDict(
             {
@@ -181,9 +181,8 @@ class Objective(nn.Module):
                 supplied = self._supplied(term, read, target, batch)
                 values = term.comparison(read, target, progress=progress, mask=mask, **supplied)
             if values.ndim == 0:  # it describes the batch as a whole, and counts once per example
-                mask, values = None, values.expand(batch_size(batch))
-            elif mask is not None and values.shape[: mask.ndim] != mask.shape:
-                mask = None  # the loss used the mask inside, and gives one value per example
+                values = values.expand(batch_size(batch))
+            mask = fitting(mask, values)
             count = None if counts is None else counts[EXAMPLES if mask is None else str(key)]
             return masked_mean(values, mask, count)
 

@@ -12,13 +12,20 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from limbeck.matching import regex_pairs
 from limbeck.registry import nearest
 from limbeck.tasks import TaskOptions
-from limbeck.terms import Term, layer_pairs, spread
+from limbeck.terms import Term, layer_pairs, share_of, spread
 from limbeck.train import Settings
 
 LAYERS = "layers"
 """The tap of a term that is spread over the layers of both models."""
+
+MODULES = "modules"
+"""The tap of a term that is spread over modules whose names belong together."""
+
+FOUND = ("cka", "emd")
+"""Layer maps that are found from data."""
 
 
 class TeacherSpec(BaseModel):
@@ -81,6 +88,15 @@ class StudentSpec(BaseModel):
             raise ValueError(f"{text!r} names no layers; write layers:1,3,5") from None
 
 
+class NamePairs(BaseModel):
+    """Modules paired by name: the teacher's path is the student's with a regular expression replaced."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pattern: str
+    replacement: str
+
+
 class TermSpec(BaseModel):
     """One entry of ``terms:``; keys that are not listed here are options of the loss."""
 
@@ -98,9 +114,10 @@ class TermSpec(BaseModel):
     transforms: tuple[str | dict[str, Any], ...] = Field(
         (), description="what is done to both sides first: standardize, ..."
     )
-    map: str | tuple[tuple[int, int], ...] | None = Field(
+    map: str | tuple[tuple[int, int], ...] | NamePairs | None = Field(
         None,
-        description="which layers teach which, with tap: layers: uniform (default), last, skip, cka, emd, pairs",
+        description="which layers teach which, with tap: layers: uniform (default), last, skip, pairs of numbers, "
+        "or cka and emd, which find them from data; with tap: modules, {pattern, replacement}",
     )
     inside: str | tuple[str, ...] = Field(
         "", description="with tap: layers, the places to read inside each layer: attention.self.query, ..."
@@ -108,18 +125,22 @@ class TermSpec(BaseModel):
 
     @model_validator(mode="after")
     def _either_one_tap_or_all_layers(self) -> TermSpec:
-        if self.tap == LAYERS and self.teacher_tap is not None:
-            raise ValueError("tap: layers reads the layers of both models; drop teacher_tap")
-        if self.tap != LAYERS and (self.map is not None or self.inside):
+        if self.tap in (LAYERS, MODULES) and self.teacher_tap is not None:
+            raise ValueError(f"tap: {self.tap} reads both models; drop teacher_tap")
+        if (self.tap == MODULES) != isinstance(self.map, NamePairs):
+            raise ValueError(
+                "tap: modules goes with map: {pattern: ..., replacement: ...}, and that with it alone"
+            )
+        if self.tap not in (LAYERS, MODULES) and (self.map is not None or self.inside):
             raise ValueError("map and inside are for tap: layers; drop them, or set tap: layers")
         return self
 
-    def build(self, name: str, depths: Depths | None) -> list[Term]:
-        """Make the term, or one for each pair of layers.
+    def build(self, name: str, places: Places) -> list[Term]:
+        """Make the term, or one for each pair of layers or modules.
 
         Args:
             name: Its name.
-            depths: Where both models keep their layers; needed by ``tap: layers`` only.
+            places: What is known of the two models.
 
         Raises:
             ValueError: a value that does not fit.
@@ -128,15 +149,31 @@ class TermSpec(BaseModel):
         arguments: dict[str, Any] = {"loss": self.loss, "project": self.project, "mask": self.mask}
         arguments |= {"transforms": self.transforms, **(self.model_extra or {})}
         try:
-            if self.tap != LAYERS:
-                return [Term(self.tap, self.teacher_tap, name=name, weight=self.weight, **arguments)]
-            if depths is None:
-                raise ValueError("both models need a list of layers; name the taps instead of 'layers'")
-            pairs = layer_pairs(self.map or "uniform", depths.student, depths.teacher)
-            taps = self._inside(depths.student_path), self._inside(depths.teacher_path)
-            return spread(*taps, pairs, name=name, weight=self.weight, **arguments)
+            if isinstance(self.map, NamePairs):
+                return self._by_name(name, places, arguments)
+            if self.tap == LAYERS:
+                return self._by_layer(name, places, arguments)
+            return [Term(self.tap, self.teacher_tap, name=name, weight=self.weight, **arguments)]
         except (TypeError, ValueError) as error:
             raise type(error)(f"terms.{name}: {error}") from None
+
+    def _by_layer(self, name: str, places: Places, arguments: dict[str, Any]) -> list[Term]:
+        if not (places.student and places.teacher):
+            raise ValueError("both models need a list of layers; name the taps instead of 'layers'")
+        taps = self._inside(places.student_path), self._inside(places.teacher_path)
+        found = places.matches.get(self.map) if isinstance(self.map, str) else None
+        if self.map in FOUND and found is None:
+            raise ValueError(f"map {self.map} is found from data, in a run; write the pairs out")
+        assert not isinstance(self.map, NamePairs)
+        pairs = found.pairs if found else layer_pairs(self.map or "uniform", places.student, places.teacher)
+        shares = found.shares if found else None
+        return spread(*taps, pairs, name=name, weight=self.weight, shares=shares, **arguments)
+
+    def _by_name(self, name: str, places: Places, arguments: dict[str, Any]) -> list[Term]:
+        assert isinstance(self.map, NamePairs)
+        pairs = regex_pairs(places.student_modules, places.teacher_modules, self.map.pattern, self.map.replacement)
+        part = share_of(self.weight, 1 / len(pairs))
+        return [Term(own, its, name=f"{name}.{own}", weight=part, **arguments) for own, its in pairs]
 
     def _inside(self, path: str) -> list[str]:
         """The taps in one layer of a model that keeps its layers at `path`."""
@@ -144,13 +181,23 @@ class TermSpec(BaseModel):
         return [f"{path}.{{}}.{place}" if place else f"{path}.{{}}" for place in places]
 
 
-class Depths(BaseModel):
-    """Where two models keep their layers, and how many there are."""
+class LayerMatch(BaseModel):
+    """Pairs of layers that were found from data, and what part of a term's weight each gets."""
 
-    student_path: str
-    teacher_path: str
-    student: int
-    teacher: int
+    pairs: tuple[tuple[int, int], ...]
+    shares: tuple[float, ...]
+
+
+class Places(BaseModel):
+    """What a recipe's terms have to know of the two models: where their layers are, and what modules they have."""
+
+    student_path: str = ""
+    teacher_path: str = ""
+    student: int = 0
+    teacher: int = 0
+    student_modules: tuple[str, ...] = ()
+    teacher_modules: tuple[str, ...] = ()
+    matches: dict[str, LayerMatch] = Field(default_factory=dict)
 
 
 class Recipe(BaseModel):
@@ -222,10 +269,15 @@ class Recipe(BaseModel):
         """Write the recipe with every value spelled out; loading it gives the same recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-    def build_terms(self, depths: Depths | None, regression: bool) -> list[Term]:
+    @property
+    def found_maps(self) -> set[str]:
+        """The layer maps that have to be found from data."""
+        return {spec.map for spec in self.terms.values() if isinstance(spec.map, str)} & set(FOUND)
+
+    def build_terms(self, places: Places, regression: bool) -> list[Term]:
         """Make the terms; without any in the recipe, those that suit the task."""
         specs = self.terms or default_terms(regression, hidden=self.student.layers is not None)
-        return [term for name, spec in specs.items() for term in spec.build(name, depths)]
+        return [term for name, spec in specs.items() for term in spec.build(name, places)]
 
     def resolved(self, regression: bool) -> Recipe:
         """The recipe with its terms spelled out."""

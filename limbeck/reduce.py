@@ -33,6 +33,16 @@ def per_position(values: Tensor, mask: Tensor | None) -> Tensor:
     return values if values.ndim == kept else values.flatten(kept).mean(dim=-1)
 
 
+def fitting(mask: Tensor | None, values: Tensor) -> Tensor | None:
+    """The mask, or None where a loss used it inside and gives one value per example or fewer.
+
+    Example:
+        >>> fitting(torch.ones(2, 5), torch.zeros(2)) is None
+        True
+    """
+    return mask if mask is not None and values.shape[: mask.ndim] == mask.shape else None
+
+
 def blank(tensor: Tensor, mask: Tensor) -> Tensor:
     """Put zeros at masked positions, so that not even a NaN there gets into a gradient.
 

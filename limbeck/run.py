@@ -14,10 +14,11 @@ from torch import nn
 
 from limbeck.atomic import write_text
 from limbeck.distiller import Distiller
-from limbeck.objective import PlannedTerm
 from limbeck.evaluate import count_parameters
-from limbeck.models import TeacherStore, find_depths, fingerprint, load_model, make_student, save_model
-from limbeck.recipe import Recipe, plain_terms
+from limbeck.models import TeacherStore, fingerprint, load_model, make_student, save_model
+from limbeck.objective import PlannedTerm
+from limbeck.pairing import find_places, match_places
+from limbeck.recipe import LayerMatch, Places, Recipe, plain_terms
 from limbeck.report import Report, write_report
 from limbeck.stage import Stage, StageResult
 from limbeck.summary import Summary
@@ -28,6 +29,9 @@ from limbeck.train.data import ExampleBatches
 from limbeck.types import Batch
 
 RECIPE, LOG, MADE_BY, REPORT = "recipe.yaml", "log.jsonl", "made-by.json", "report.json"
+MATCHED_EXAMPLES = 256
+"""Training examples from which pairs of layers are found."""
+
 OWN = (RECIPE, LOG, MADE_BY, REPORT, "report.html", "README.md", "student", "checkpoints")
 """All that a run writes into its folder, and all that overwriting deletes of it."""
 
@@ -150,6 +154,7 @@ class Run:
         self.data: dict[str, Examples] = {}
         self.seeds = list(range(recipe.training.seed, recipe.training.seed + recipe.seeds))
         self.device = _one_device()
+        self.matches: dict[str, LayerMatch] = {}
         self.made_by = {
             "recipe": recipe.model_dump(mode="json"),
             "data": {name: rows.fingerprint() for name, rows in task.splits.items()},
@@ -172,6 +177,10 @@ class Run:
         self.observer.on_plan(plan)
 
         teacher, teacher_result = self.finetune(teacher, tuned, trained, store)
+        if recipe.found_maps and not tuned:  # another teacher may pair its layers otherwise
+            self.matches = {}
+            plan = self.preflight(teacher, tuned=True)
+            self.observer.on_plan(plan)
         models: dict[str, nn.Module] = {"teacher": teacher.model}
         results: dict[str, list[StageResult]] = {"teacher": [teacher_result]}
         for seed in self.seeds:
@@ -259,7 +268,19 @@ class Run:
 
     def terms(self, student: nn.Module, teacher: nn.Module) -> list[Term]:
         """The terms of the recipe for these two models."""
-        return self.recipe.build_terms(find_depths(student, teacher, self.recipe.student.path), self.regression)
+        places = find_places(student, teacher, self.recipe.student.path)
+        if self.recipe.found_maps:
+            places = self.matched(student, teacher, places)
+        return self.recipe.build_terms(places, self.regression)
+
+    def matched(self, student: nn.Module, teacher: nn.Module, places: Places) -> Places:
+        """The places with the pairs of layers that the recipe wants found; all seeds have those of the first."""
+        if not self.matches:
+            rows = range(min(MATCHED_EXAMPLES, len(self.data[TRAIN])))
+            size = self.recipe.training.batch_size
+            batches = [self.data[TRAIN].batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+            self.matches = match_places(student, teacher, places, batches, self.recipe.found_maps).matches
+        return places.model_copy(update={"matches": self.matches})
 
     def finetune(
         self, teacher: Loaded, tuned: bool, trained: list[nn.Parameter], store: TeacherStore

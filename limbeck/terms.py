@@ -112,6 +112,11 @@ class Term:
         return " + ".join(self.teacher_taps)
 
     @property
+    def places(self) -> int | None:
+        """How many tensors each side has, if it is a tuple of them."""
+        return len(self.taps) if len(self.taps) > 1 else None
+
+    @property
     def loss_name(self) -> str:
         """The name of the loss."""
         return self.comparison.name
@@ -151,13 +156,7 @@ def _split_options(
     learned: dict[str, Mapping[str, Any]] = {
         name: {**options.get(name, {}), "kind": kind} for name, kind in traits.learns.items()
     }
-    borrowed: dict[str, str] = {}
-    for name in traits.borrows:
-        if not isinstance(options.get(name), str):
-            raise TypeError(
-                f"the loss needs {name}=, the path of a module of the teacher, got {options.get(name)!r}"
-            )
-        borrowed[name] = options[name]
+    borrowed: dict[str, str] = {n: options[n] for n in traits.borrows if isinstance(options.get(n), str)}
     return learned, borrowed, {k: v for k, v in options.items() if k not in learned and k not in borrowed}
 
 
@@ -278,12 +277,17 @@ def spread(
         suffix = f"{pair[0]}-{pair[1]}" if students.count(pair[0]) > 1 else f"{pair[0]}"
         taps = [[text.format(layer) for text in side] for side, layer in zip(sides, pair, strict=True)]
         part = 1 / len(pairs) if shares is None else shares[place]
-        terms.append(Term(*taps, name=f"{name}.{suffix}", weight=_scaled(weight, part), **arguments))
+        terms.append(Term(*taps, name=f"{name}.{suffix}", weight=share_of(weight, part), **arguments))
     return terms
 
 
-def _scaled(weight: Weight, factor: float) -> Weight:
-    """A part of a weight that may be scheduled."""
+def share_of(weight: Weight, factor: float) -> Weight:
+    """A part of a weight that may be scheduled.
+
+    Example:
+        >>> share_of(0.5, 0.5), share_of({"schedule": "linear_decay"}, 0.5)
+        (0.25, {'schedule': 'linear_decay', 'base': 0.5})
+    """
     if isinstance(weight, Scheduled):
         return replace(weight, base=weight.base * factor)
     if isinstance(weight, Mapping):
@@ -330,7 +334,7 @@ def self_distillation(
             raise ValueError(f"a group of exits needs two taps or more, from shallow to deep, got {list(group)}")
         *earlier, last = group
         for tap in earlier:
-            part = _scaled(weight, 1 / len(earlier))
+            part = share_of(weight, 1 / len(earlier))
             terms.append(Term(tap, last, loss=loss, weight=part, name=f"{name}.{tap}", **arguments))
             if labels is not None:
                 terms.append(Term(tap, LABELS, loss=labels, name=f"{name}.{tap}.{LABELS}"))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import limbeck
+from limbeck.losses import LOSSES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "limbeck"
@@ -21,14 +22,15 @@ PACKAGE = ROOT / "limbeck"
 LAYERS = [
     "types registry shapes stopwatch atomic",
     "batch metrics pretrained reduce schedules",
-    "losses taps projectors matching",
+    "taps projectors matching",
+    "losses",
     "terms teachers students balance",
     "objective",
     "distiller",
     "train report",
     "tasks evaluate",
     "recipe stage",
-    "models summary",
+    "models summary pairing",
     "run",
     "progress",
     "cli testing",
@@ -140,6 +142,8 @@ def public_functions():
             thing = getattr(module, name)
             if inspect.isfunction(thing) or (inspect.isclass(thing) and not part):
                 yield pytest.param(thing, id=f"{module.__name__}.{name}")
+    for name in LOSSES:
+        yield pytest.param(LOSSES.get(name), id=name)
 
 
 @pytest.mark.parametrize("thing", list(public_functions()))

@@ -3,10 +3,10 @@
 import pytest
 from torch import nn
 
-from limbeck.recipe import Depths, Recipe, StudentSpec, default_terms, plain_terms
+from limbeck.recipe import Places, Recipe, StudentSpec, default_terms, plain_terms
 
 BASE = {"task": {"name": "glue/rte"}, "teacher": {"model": "teacher"}, "student": {"layers": [0, 2]}}
-DEPTHS = Depths(student_path="a", teacher_path="b", student=2, teacher=4)
+PLACES = Places(student_path="a", teacher_path="b", student=2, teacher=4)
 
 
 def test_yaml_round_trip(tmp_path):
@@ -52,18 +52,18 @@ def test_missing_parts_are_named():
 
 def test_layers_expand_to_terms():
     recipe = Recipe.parse(BASE, ["terms.hidden={tap: layers, loss: cosine, map: last, weight: 3.0, dim: -1}"])
-    terms = recipe.build_terms(DEPTHS, regression=False)
+    terms = recipe.build_terms(PLACES, regression=False)
     assert [(t.name, t.tap, t.teacher_tap, t.weight) for t in terms] == [
         ("hidden.0", "a.0", "b.2", 1.5),
         ("hidden.1", "a.1", "b.3", 1.5),
     ]
-    pairs = recipe.model_copy(update={"terms": {}}).build_terms(DEPTHS, regression=False)
+    pairs = recipe.model_copy(update={"terms": {}}).build_terms(PLACES, regression=False)
     assert [t.name for t in pairs] == ["kd", "labels", "hidden.0", "hidden.1"]
 
 
 def test_layers_need_two_stacks():
     with pytest.raises(ValueError, match=r"terms.hidden: both models need a list of layers"):
-        Recipe.parse(BASE).build_terms(None, regression=False)
+        Recipe.parse(BASE).build_terms(Places(), regression=False)
 
 
 def test_default_terms_suit_the_task():
@@ -73,7 +73,7 @@ def test_default_terms_suit_the_task():
 
 def test_plain_training_keeps_the_label_terms_options_at_full_weight():
     recipe = Recipe.parse(BASE, ["terms.l={tap: labels, loss: cross_entropy, label_smoothing: 0.1, weight: 0.2}"])
-    (term,) = plain_terms(recipe.build_terms(DEPTHS, regression=False), regression=False)
+    (term,) = plain_terms(recipe.build_terms(PLACES, regression=False), regression=False)
     assert (term.weight, term.comparison.options) == (1.0, {"label_smoothing": 0.1})
     (term,) = plain_terms([], regression=True)
     assert term.loss_name == "label_mse"

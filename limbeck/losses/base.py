@@ -83,7 +83,12 @@ _TRAITS: dict[Callable[..., Any], Traits] = {}
 
 
 def traits_of(function: Callable[..., Any]) -> Traits:
-    """What a loss declared with `loss`; a plain function declares nothing."""
+    """What a loss declared with `loss`; a plain function declares nothing.
+
+    Example:
+        >>> traits_of(LOSSES.get("mgd")).project
+        'masked_generator'
+    """
     return _TRAITS.get(function, Traits())
 
 

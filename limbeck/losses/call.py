@@ -11,7 +11,7 @@ from torch import Tensor
 
 from limbeck.losses.base import LOSSES, SUPPLIED, traits_of
 from limbeck.losses.transforms import build_temperature, build_transform
-from limbeck.reduce import reduce
+from limbeck.reduce import fitting, reduce
 from limbeck.registry import check_options
 from limbeck.schedules import build_schedule, is_schedule, value_at
 
@@ -110,6 +110,10 @@ def compare_by(
     Raises:
         ValueError: unknown names.
         TypeError: an option that the loss does not have.
+
+    Example:
+        >>> compare_by("forward_kl", transforms="standardize", temperature={"schedule": "linear", "start": 4, "end": 1})
+        forward_kl, temperature=1 x linear(start=4, end=1), transforms=['standardize']
     """
     function = LOSSES.get(loss) if isinstance(loss, str) else loss
     name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
@@ -173,7 +177,7 @@ def evaluate(
     supplied = {key: options.pop(key) for key in (*SUPPLIED, *_brought(name)) if key in options}
     comparison = compare_by(name, transforms=transforms, given=tuple(supplied), **options)
     values = comparison(student, teacher, progress=progress, mask=mask, **supplied)
-    return reduce(values, mask, reduction)
+    return reduce(values, fitting(mask, values), reduction)
 
 
 def _brought(loss: str | Callable[..., Tensor]) -> tuple[str, ...]:

@@ -138,7 +138,7 @@ class Report:
         baseline: The student's twin, same start and budget, trained without distillation; None if left out.
         student: The student's column.
         comparison: How they stand to each other; None without a baseline.
-        plan: One row per term: name, loss, tap, teacher_tap, weight at the start, schedule, projection, parameters.
+        plan: One row per term: name, loss, taps, weight at the start, schedule, projection, parameters.
         curves: The trainings of this run.
         seeds: The seeds.
         environment: Versions, machine, threads.
