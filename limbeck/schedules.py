@@ -1,7 +1,7 @@
 """Numbers that change as training goes on: weights of terms, temperatures, any option of a loss.
 
-A schedule is a function ``(progress, *, options)``; progress runs from 0 at the first step to 1 at the last; it keeps no state, so
-there is nothing to resume and nothing of the configuration is ever changed.
+A schedule is a function ``(progress, *, options)``; progress runs from 0 at the first step to 1 at the last. It
+keeps no state, so there is nothing to resume, and nothing of the configuration is ever changed.
 """
 
 from __future__ import annotations

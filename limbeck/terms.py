@@ -169,7 +169,7 @@ def _paired_taps(tap: Taps, teacher_tap: Taps | None) -> tuple[tuple[str, ...], 
     teacher_taps = (teacher_tap,) if isinstance(teacher_tap, str) else tuple(teacher_tap)
     if len(teacher_taps) != len(taps):
         raise ValueError(
-            f"{len(taps)} places of the student meet {len(teacher_taps)} of the teacher; name as many on both sides"
+            f"{len(taps)} places of the student meet {len(teacher_taps)} of the teacher; name as many of both"
         )
     return taps, teacher_taps
 
@@ -306,8 +306,8 @@ def self_distillation(
 ) -> list[Term]:
     """Make the terms by which the earlier exits of a model learn from its last one.
 
-    They go with ``Distiller(student, limbeck.Self(), terms)``: the teacher's taps are read from the student itself,
-    in the same pass and without gradient.
+    They go with ``Distiller(student, limbeck.Self(), terms)``: the teacher's taps are read from the student
+    itself, in the same pass and without gradient.
 
     Args:
         exits: Groups of taps from shallow to deep, ``[["exit1.fc", "exit2.fc", "fc"]]``; within a group each tap

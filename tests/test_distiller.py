@@ -28,6 +28,8 @@ KD = Term("logits", loss="forward_kl", temperature=2.0, name="kd")
 CE = Term("labels", loss="cross_entropy", name="ce")
 LAYER = "bert.encoder.layer.{}"
 
+PROJECTIONS = "objective.projections"
+
 
 def text_distiller(dtype=torch.float32, kind="BertForSequenceClassification", sample=None):
     """A BERT of 2 layers learns logits, hidden states and labels from a wider one of 4."""
@@ -167,7 +169,9 @@ def test_training_loss_and_every_gradient_equal_those_by_hand(dtype, tolerance):
     out = distiller(**batch)
     out.loss.backward()
     projections = [
-        tuple(distiller.get_parameter(f"objective.projections.hidden/{layer}.affine.{name}") for name in ("weight", "bias"))
+        tuple(
+            distiller.get_parameter(f"{PROJECTIONS}.hidden/{layer}.affine.{name}") for name in ("weight", "bias")
+        )
         for layer in (0, 1)
     ]
     student, teacher = bert().to(dtype), bert(layers=4, width=24, seed=1).to(dtype)
@@ -434,8 +438,8 @@ def test_an_optimizer_may_be_built_before_the_first_batch():
 def test_projections_stand_in_the_state_dict_under_their_terms_names():
     keys = set(text_distiller(sample=text_batch()).state_dict())
     ours = {key for key in keys if not key.startswith("student.")}
-    assert ours == {f"objective.projections.hidden/{i}.affine.{name}" for i in (0, 1) for name in ("weight", "bias")}
-    assert "objective.projections.maps.affine.weight" in image_distiller(sample=images()).state_dict()
+    assert ours == {f"{PROJECTIONS}.hidden/{i}.affine.{name}" for i in (0, 1) for name in ("weight", "bias")}
+    assert f"{PROJECTIONS}.maps.affine.weight" in image_distiller(sample=images()).state_dict()
 
 
 def test_state_dict_round_trip():
@@ -456,7 +460,7 @@ def test_a_student_of_another_type(dtype):
     term = Term(LAYER.format(0), loss="mse", project="linear")
     distiller = Distiller(bert().to(dtype), bert(width=24, seed=1).to(dtype), [term])
     distiller(**text_batch()).loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.objective.projections.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.objective.parameters())
 
 
 def test_feature_maps_through_conv1x1():

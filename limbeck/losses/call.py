@@ -112,8 +112,8 @@ def compare_by(
         TypeError: an option that the loss does not have.
 
     Example:
-        >>> compare_by("forward_kl", transforms="standardize", temperature={"schedule": "linear", "start": 4, "end": 1})
-        forward_kl, temperature=1 x linear(start=4, end=1), transforms=['standardize']
+        >>> compare_by("forward_kl", transforms="standardize", temperature={"schedule": "linear", "start": 8})
+        forward_kl, temperature=1 x linear(start=8), transforms=['standardize']
     """
     function = LOSSES.get(loss) if isinstance(loss, str) else loss
     name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
