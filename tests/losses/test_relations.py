@@ -41,7 +41,7 @@ def length(vector):
 
 
 def summed(sides, compare):
-    """The sum over a row of what two matrices (lists of lists) have at one place, divided by the number of rows."""
+    """The sum over each row of what two matrices, lists of lists, give at one place, over the number of rows."""
     ours, theirs = sides
     rows = zip(ours, theirs, strict=True)
     return torch.stack([sum(compare(*pair) for pair in zip(*row, strict=True)) / len(ours) for row in rows])
