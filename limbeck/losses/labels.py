@@ -158,14 +158,15 @@ def over_classes(values: Tensor, there: Tensor, reduction: str) -> Tensor:
 
 
 @loss
-def label_mse(student: Tensor, labels: Tensor) -> Tensor:
+def label_mse(student: Tensor, labels: Tensor, *, ignore_index: float | None = None) -> Tensor:
     r"""Squared difference between the student's prediction and a number to predict.
 
     .. math:: (z - y)^2
 
     Args:
         student: Predictions (B, 1), or the shape of `labels`.
-        labels: Targets (B,), or any shape; a target of -100 gives 0.
+        labels: Targets (B,), or any shape.
+        ignore_index: A target that is none, such as -100.0; it gives 0. By default every number is a target.
 
     Returns:
         One value per position, the shape of `labels`.
@@ -188,4 +189,4 @@ def label_mse(student: Tensor, labels: Tensor) -> Tensor:
         )
     student = full_precision(student).view(labels.shape)
     values = F.mse_loss(student, labels.detach().to(student.dtype), reduction="none")
-    return zero_unless(labels != IGNORE_INDEX, values)
+    return values if ignore_index is None else zero_unless(labels != ignore_index, values)

@@ -165,7 +165,8 @@ def test_labels_that_are_not_known_do_not_count():
     values = cross_entropy(LS, torch.where(torch.arange(6) == 2, IGNORED, CLASSES), label_smoothing=0.1)
     assert (values == 0).tolist() == [False, False, True, False, False, False]
     numbers = torch.tensor([1.0, IGNORED, 3.0])
-    assert label_mse(torch.zeros(3, 1), numbers).tolist() == [1.0, 0.0, 9.0]
+    assert label_mse(torch.zeros(3, 1), numbers, ignore_index=IGNORED).tolist() == [1.0, 0.0, 9.0]
+    assert label_mse(torch.zeros(3, 1), numbers).tolist() == [1.0, IGNORED**2, 9.0]  # a number like any other
     assert (binary_cross_entropy(LS, MANY) == 0).tolist() == [False, False, True, False, False, False]
 
 
