@@ -296,7 +296,7 @@ def skewed_reverse_kl(
 def total_variation(student: Tensor, teacher: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
     r"""Half the sum of the absolute differences of probabilities.
 
-    .. math:: \tfrac{T^2}{2} \sum_c |p_c - q_c|
+    .. math:: \tfrac{T^2}{2} \sum_c \lvert p_c - q_c \rvert
 
     Args:
         student: Logits (..., C).

@@ -22,7 +22,7 @@ from limbeck.losses.logits import (
 )
 
 EPSILON = 1e-7
-"""Keeps a quotient finite; the number is that of the authors' code."""
+"""Keeps a quotient finite; the number is that of the known code, mmrazor's and ModelOpt's."""
 
 
 def _split(log_probs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,8 +113,9 @@ def wsld(student: Tensor, teacher: Tensor, *, labels: Tensor, temperature: float
         0.690...
 
     Reference:
-        Zhou et al. 2021, Rethinking Soft Labels, arXiv:2102.00650 (T = 2, weight 2.5). As in its code, 1e-7 is
-        added to the teacher's cross-entropy, so that a teacher without doubt gives w = 1.
+        Zhou et al. 2021, Rethinking Soft Labels, arXiv:2102.00650; mmrazor's configuration has
+        T = 2 and weight 2.5. As there, 1e-7 is added to the teacher's cross-entropy, so that a teacher without
+        doubt gives w = 1.
     """
     log_q, log_p = paired_log_probs(student, teacher, temperature)
     index, counts = known_labels(student, labels)
@@ -137,8 +138,9 @@ def mft(
 
     .. math:: T^2 \, KL(p' \Vert q), \quad p' = (1 - \lambda) p + \lambda \, 1_y
 
-    Where the teacher is wrong, λ is such that the label leads by the threshold, :math:`p'_y = \max_{c \ne y} p'_c
-    + \tau`; where it is right, such that the label gains it, :math:`p'_y = \min(1, p_y + \tau)`.
+    Where the teacher is wrong, λ is such that the label leads all other classes by the threshold τ. Where it is
+    right, the label's probability gains τ, up to 1. Where the student cannot say the label (minus infinity), the
+    value is infinite.
 
     Args:
         student: Logits (..., C).
