@@ -90,6 +90,8 @@ def test_a_term_can_be_copied_and_sent_to_another_process(again):
     """An average of weights copies the Distiller; a launcher of processes pickles it."""
     term = Term("logits", loss="forward_kl", temperature=4.0, weight=0.5)
     assert again(term) == term
+    other = Term("logits", loss="forward_kl", temperature="flsw", transforms=["standardize"])
+    assert again(other) == other
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from limbeck.losses.base import LOSSES, SUPPLIED, traits_of
-from limbeck.losses.transforms import build_temperature, build_transform
+from limbeck.losses.transforms import Transform, build_temperature, build_transform
 from limbeck.reduce import fitting, reduce
 from limbeck.registry import check_options
 from limbeck.schedules import build_schedule, is_schedule, value_at
@@ -44,7 +44,7 @@ class Comparison:
     options: Mapping[str, Any]
     transforms: tuple[TransformSpec, ...]
     asks: frozenset[str]
-    steps: tuple[Callable[..., tuple[Tensor, Tensor]], ...] = field(compare=False, repr=False)
+    steps: tuple[Transform, ...] = field(compare=False, repr=False)
 
     def __call__(
         self,

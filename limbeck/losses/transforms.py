@@ -8,7 +8,8 @@ Shape legend: B examples, L positions, C classes; ``(..., C)`` stands for (B, C)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,19 +20,11 @@ from limbeck.losses.labels import at_label, known_labels
 from limbeck.reduce import masked_mean
 from limbeck.registry import Registry, check_options
 
-Transform = Callable[..., tuple[Tensor, Tensor]]
-"""A function ``(student, teacher, *, labels=None, options) -> (student, teacher)``."""
+TRANSFORMS: Registry[Callable[..., tuple[Tensor, Tensor]]] = Registry("transform")
+"""Functions ``(student, teacher, *, labels=None, options) -> (student, teacher)``."""
 
-TRANSFORMS: Registry[Transform] = Registry("transform")
 TEMPERATURES: Registry[Callable[..., Tensor]] = Registry("temperature")
-
-
-class Temperature(Protocol):
-    """One temperature per position, from both sides' logits."""
-
-    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, /) -> Tensor:
-        """Return (...,) for logits (..., C), above 0 and without gradient."""
-        ...
+"""Functions ``(student, teacher, *, mask=None, options) -> (...,)`` of logits (..., C), above 0."""
 
 
 @TRANSFORMS.register
@@ -143,14 +136,23 @@ def vocabulary(
     return student[..., :size], teacher.detach()[..., :size]
 
 
-def build_transform(
-    spec: str | Mapping[str, Any],
-) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+@dataclass(frozen=True)
+class Transform:
+    """A registered transform with its options, ready to be called."""
+
+    function: Callable[..., tuple[Tensor, Tensor]]
+    options: Mapping[str, Any]
+
+    def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Transform both sides; labels may be None where they are not needed."""
+        return self.function(student, teacher.detach(), labels=labels, **self.options)
+
+
+def build_transform(spec: str | Mapping[str, Any]) -> Transform:
     """Make a transform from its name, or from ``{"kind": name, **options}``.
 
     Returns:
-        A function ``(student, teacher, labels) -> (student, teacher)``; labels may be None where they are not
-        needed.
+        A callable ``(student, teacher, labels) -> (student, teacher)``.
 
     Raises:
         ValueError: unknown kind.
@@ -161,12 +163,7 @@ def build_transform(
         >>> cut(torch.zeros(1, 4), torch.zeros(1, 5), None)[1].shape
         torch.Size([1, 3])
     """
-    function, options = _parsed(spec, TRANSFORMS, "labels")
-
-    def transform(student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return function(student, teacher.detach(), labels=labels, **options)  # type: ignore[no-any-return]
-
-    return transform
+    return Transform(*_parsed(spec, TRANSFORMS, "labels"))
 
 
 def _parsed(
@@ -273,11 +270,28 @@ def _around(base: float, beta: float, weights: Tensor, mask: Tensor | None, mini
     return (base + beta * (mean - weights)).clamp(min=minimum)
 
 
-def build_temperature(spec: str | Mapping[str, Any]) -> Temperature:
+@dataclass(frozen=True)
+class OwnTemperature:
+    """A registered temperature that each position has of its own, ready to be called."""
+
+    function: Callable[..., Tensor]
+    options: Mapping[str, Any]
+
+    @torch.no_grad()
+    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The temperature of each position, (...,), from both sides' logits (..., C)."""
+        return self.function(student, teacher, mask=mask, **self.options)
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+        return f"{self.function.__name__}({options})"
+
+
+def build_temperature(spec: str | Mapping[str, Any]) -> OwnTemperature:
     """Make a temperature that each position has of its own, from a name or ``{"kind": name, **options}``.
 
     Returns:
-        A function ``(student, teacher, mask=None) -> (...,)`` of both sides' logits; its result goes into any
+        A callable ``(student, teacher, mask=None) -> (...,)`` of both sides' logits; its result goes into any
         loss with the option ``temperature``.
 
     Raises:
@@ -288,13 +302,7 @@ def build_temperature(spec: str | Mapping[str, Any]) -> Temperature:
         >>> from limbeck.losses import forward_kl
         >>> student, teacher = torch.eye(2), torch.ones(2, 2)
         >>> own = build_temperature({"kind": "cwsm", "base": 2.0})
-        >>> forward_kl(student, teacher, temperature=own(student, teacher)).shape
-        torch.Size([2])
+        >>> own, forward_kl(student, teacher, temperature=own(student, teacher)).shape
+        (cwsm(base=2.0), torch.Size([2]))
     """
-    function, options = _parsed(spec, TEMPERATURES, "mask")
-
-    def temperature(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-        with torch.no_grad():
-            return function(student, teacher, mask=mask, **options)  # type: ignore[no-any-return]
-
-    return temperature
+    return OwnTemperature(*_parsed(spec, TEMPERATURES, "mask"))
