@@ -239,10 +239,11 @@ def _shape(side: Side) -> tuple[Any, ...]:
 
 
 def _blanked(side: Side, mask: Tensor) -> Side:
-    """Zeros at masked positions, of every tensor that has these positions."""
+    """Zeros at masked positions, of every tensor that has these positions in front."""
 
     def blanked(tensor: Tensor) -> Tensor:
-        return blank(tensor, mask) if tensor.shape[: mask.ndim] == mask.shape else tensor
+        is_square = tensor.ndim == 4 and tensor.shape[2] == tensor.shape[3]  # attention, with heads in front
+        return tensor if is_square or tensor.shape[: mask.ndim] != mask.shape else blank(tensor, mask)
 
     return tuple(blanked(t) for t in side) if isinstance(side, tuple) else blanked(side)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from limbeck import Distiller, Self, Settings, Term, fit, self_distillation
 from limbeck.losses import evaluate
+from tests.models import bert
 
 
 class Stages(nn.Module):
@@ -163,6 +164,65 @@ def test_options_of_what_a_loss_learns():
     assert term.learned["variance"] == {"initial_variance": 2.0, "kind": "channel_variance"}
     with pytest.raises(TypeError, match="has no option 'initial_varance'"):
         Term("second", loss="vid", variance={"initial_varance": 2.0})
+
+
+def test_a_contrastive_memory_lives_in_the_distiller():
+    student, teacher = models(3, 5)
+    term = Term("flat", loss="crd", name="crd", memory={"examples": 20, "negatives": 6, "width": 8})
+    distiller = Distiller(student, teacher, [term])
+    inputs, labels = images()
+    batch = {"images": inputs, "labels": labels, "example_id": torch.arange(8)}
+    distiller.preflight(batch)
+    banks = {k: v.clone() for k, v in distiller.state_dict().items() if "bank" in k}
+    assert [tuple(bank.shape) for bank in banks.values()] == [(20, 8), (20, 8)]
+    distiller(**batch).loss.backward()
+    changed = {
+        key: (distiller.state_dict()[key] != bank).any(-1).nonzero().flatten().tolist()
+        for key, bank in banks.items()
+    }
+    assert list(changed.values()) == [list(range(8))] * 2  # the preflight left the banks alone, the step did not
+    assert all(p.grad is not None and p.grad.any() for p in distiller.objective.learned.parameters())
+    with pytest.raises(ValueError, match="no example_id, which tells examples apart"):
+        distiller(inputs, labels)
+
+
+# ---- transformers ----------------------------------------------------------------------------------------------
+
+
+def tokens():
+    ids = torch.arange(12).view(2, 6) + 5
+    return {"input_ids": ids, "attention_mask": torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]])}
+
+
+def padded(batch):
+    """The same with two more positions of padding."""
+    more = {"input_ids": torch.full((2, 2), 3), "attention_mask": torch.zeros(2, 2, dtype=torch.long)}
+    return {key: torch.cat([batch[key], more[key]], dim=1) for key in batch}
+
+
+TRANSFORMER_TERMS = {
+    "relations": {
+        "tap": [f"bert.encoder.layer.1.attention.self.{name}" for name in ("query", "key", "value")],
+        "loss": "qkv_relation",
+        "relation_heads": 4,
+    },
+    "attention": {"tap": "attentions.1", "loss": "attention_kl", "of": "probabilities"},
+    "squares": {"tap": "attentions.1", "loss": "attention_mse", "heads": "mean"},
+    "gram": {"tap": "hidden_states.1", "loss": "token_gram_kl"},
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMER_TERMS)
+def test_padding_changes_nothing_of_what_is_read_between_tokens(name):
+    eager = {"attn_implementation": "eager"} if "attentions" in str(TRANSFORMER_TERMS[name]["tap"]) else {}
+    student, teacher = (bert(seed=seed, **eager).eval() for seed in (0, 1))
+    distiller = Distiller(student, teacher, [Term(name=name, **TRANSFORMER_TERMS[name])])
+    distiller.preflight(tokens())
+    losses = [distiller.distil(batch).loss for batch in (tokens(), padded(tokens()))]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-7)
+    losses[0].backward()
+    gradient = student.bert.encoder.layer[1].attention.self.query.weight.grad if name != "gram" else None
+    assert name == "gram" or gradient.any()
 
 
 # ---- through a part of the teacher -----------------------------------------------------------------------------

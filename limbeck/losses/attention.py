@@ -116,14 +116,13 @@ def attention_mse(
     teacher: Tensor,
     *,
     heads: Heads = "each",
-    average: Literal["pairs", "queries"] = "pairs",
+    average: Literal["queries", "pairs"] = "queries",
     zero_below: float | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     r"""Mean squared difference of two attention patterns over the pairs of valid tokens.
 
-    .. math:: \frac{\sum_b \sum_{ij} m_{bi} m_{bj} \tfrac{1}{h} \sum_h (s_{bhij} - t_{bhij})^2}
-        {\sum_b (\sum_i m_{bi})^2}
+    .. math:: \frac{1}{h \sum_j m_j} \sum_{h j} m_j (s_{hij} - t_{hij})^2
 
     Pairs with the same value on both sides, minus infinity included, count as no difference.
 
@@ -131,14 +130,14 @@ def attention_mse(
         student: Attention scores before the softmax, or probabilities, (B, h, L, L).
         teacher: The same of the teacher; another number of heads needs `heads` ``"mean"`` or ``"sum"``.
         heads: Compare ``"each"`` head, or the ``"mean"`` or ``"sum"`` of all.
-        average: ``"pairs"``: the mean over the queries is that over all valid pairs of the batch, as above, where
-            long texts count more. ``"queries"``: over the valid keys of each query; it does not depend on the
-            other examples of the batch. Both are the same where all are of one length.
+        average: ``"queries"``: over the valid keys of each query, as above; it does not depend on the other
+            examples of the batch. ``"pairs"``: the mean over the queries is that over all valid pairs of the
+            batch, as in TextBrewer, where long texts count more. Both are the same where all are of one length.
         zero_below: Values up to this one become zero on both sides; None for none.
         mask: (B, L), tokens that are 0 count neither as queries nor as keys.
 
     Returns:
-        One value per query, (B, L); their mean over the valid queries is the formula.
+        One value per query i, (B, L).
 
     Raises:
         ValueError: shapes that do not fit, or an unknown option.
@@ -150,8 +149,8 @@ def attention_mse(
 
     Reference:
         Jiao et al. 2020, TinyBERT, arXiv:1909.10351, with ``zero_below=-100`` in the authors' code, over scores.
-        TextBrewer's ``attention_mse`` and, with ``heads="sum"``, ``attention_mse_sum``, which without a mask have
-        ``zero_below=-1e-3`` and lose every negative score.
+        TextBrewer's ``attention_mse`` and, with ``heads="sum"``, ``attention_mse_sum``: with a mask
+        ``average="pairs"``; without one ``zero_below=-1e-3``, which loses every negative score.
     """
     if average not in ("pairs", "queries"):
         raise ValueError(f"unknown average {average!r}; known: pairs, queries")

@@ -137,7 +137,7 @@ def crd(student: Tensor, teacher: Tensor, *, example_id: Tensor, memory: Memory,
         student: Features (B, D); the memory embeds them.
         teacher: Features (B, D') of the same examples.
         example_id: (B,), numbers from 0 to the number of training examples N less one.
-        memory: The banks, see `Memory`; `limbeck.losses.memory.ContrastiveMemory` is one.
+        memory: The banks, see `Memory`; `limbeck.projectors.memory.ContrastiveMemory` is one.
         eps: Is added to the denominators.
 
     Returns:
@@ -147,9 +147,9 @@ def crd(student: Tensor, teacher: Tensor, *, example_id: Tensor, memory: Memory,
         ValueError: shapes that do not fit, or an id that is not in the memory.
 
     Example:
-        >>> from limbeck.losses.memory import ContrastiveMemory
+        >>> from limbeck.projectors.memory import ContrastiveMemory
         >>> memory = ContrastiveMemory(examples=10, negatives=4, width=None).eval()
-        >>> memory.size(2, 2)
+        >>> memory.size(torch.Size([2, 2]), torch.Size([2, 2]))
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> crd(embeddings, embeddings, example_id=torch.tensor([0, 1]), memory=memory).shape
         torch.Size([2])

@@ -11,6 +11,7 @@ from limbeck.projectors.fusion import AttentionFusion, Each
 from limbeck.projectors.layers import ACTIVATIONS, Affine, BatchNorm, Convolution
 from limbeck.projectors.learned import ChannelVariance
 from limbeck.projectors.maps import Conv1x1, MaskedGenerator, Resize, VIDRegressor
+from limbeck.projectors.memory import ContrastiveMemory
 from limbeck.projectors.tokens import PoolTokens
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "BatchNorm",
     "BatchNormLinear",
     "ChannelVariance",
+    "ContrastiveMemory",
     "Conv1x1",
     "Convolution",
     "Each",

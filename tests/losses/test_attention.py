@@ -44,7 +44,7 @@ def merged(pattern, heads):
     return [sum(each) / (len(each) if heads == "mean" else 1)]
 
 
-def naive_attention_mse(student, teacher, *, heads="each", average="pairs", zero_below=None, mask=None):
+def naive_attention_mse(student, teacher, *, heads="each", average="queries", zero_below=None, mask=None):
     batch, _, length, _ = student.shape
     valid = [[mask is None or bool(mask[b, i]) for i in range(length)] for b in range(batch)]
     ours, theirs = merged(student, heads), merged(teacher, heads)
@@ -143,7 +143,7 @@ NAIVE = {
     "attention_mse": [
         *[(naive_attention_mse, AS, AT, {"heads": h}) for h in MERGED],
         *[(naive_attention_mse, AS, AT, {"heads": h, "mask": MASK}) for h in MERGED],
-        (naive_attention_mse, AS, AT, {"average": "queries", "mask": MASK}),
+        (naive_attention_mse, AS, AT, {"average": "pairs", "mask": MASK}),
         (naive_attention_mse, AS, AT, {"zero_below": -0.5}),
         (naive_attention_mse, AS, FOUR_HEADS, {"heads": "mean"}),
         (naive_attention_mse, PS, PT, {"mask": MASK}),
@@ -188,7 +188,8 @@ def test_textbrewers_masked_forms():
     squares = MASK.sum(-1).square().sum()
     mse = ((AS - AT).square() * pairs[:, None]).sum() / (3 * squares)
     summed = ((AS.sum(1) - AT.sum(1)).square() * pairs).sum() / squares
-    ours, ours_summed = attention_mse(AS, AT, mask=MASK), attention_mse(AS, AT, heads="sum", mask=MASK)
+    how = {"average": "pairs", "mask": MASK}
+    ours, ours_summed = attention_mse(AS, AT, **how), attention_mse(AS, AT, heads="sum", **how)
     torch.testing.assert_close(masked_mean(ours, MASK), mse, rtol=1e-12, atol=0)
     torch.testing.assert_close(masked_mean(ours_summed, MASK), summed, rtol=1e-12, atol=0)
     ce = -((AT.softmax(-1) * AS.log_softmax(-1)) * pairs[:, None]).sum() / (3 * MASK.sum())
@@ -248,12 +249,13 @@ class TestAttentionMSE(Patterns, LossContract):
 
 class TestAttentionMSEOfPositions(Positions, LossContract):
     loss = attention_mse
-    per_example = False  # over the pairs of the batch
+    options = {"heads": "sum"}  # noqa: RUF012
 
 
-class TestAttentionMSEPerQuery(Positions, LossContract):
+class TestAttentionMSEOfPairs(Positions, LossContract):
     loss = attention_mse
-    options = {"average": "queries", "heads": "sum"}  # noqa: RUF012
+    options = {"average": "pairs"}  # noqa: RUF012
+    per_example = False  # over the pairs of the batch
 
 
 class TestAttentionKL(Patterns, LossContract):

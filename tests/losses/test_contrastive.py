@@ -7,7 +7,7 @@ import torch
 
 from limbeck.losses import crd, infonce
 from limbeck.losses.contrastive import noise_contrast
-from limbeck.losses.memory import ContrastiveMemory
+from limbeck.projectors.memory import ContrastiveMemory
 from limbeck.reduce import masked_mean
 from limbeck.testing import LossContract
 from tests.golden_cases import INPUTS, generate
@@ -141,7 +141,7 @@ class TestCRD(LossContract):
 def memory_of(**options):
     torch.manual_seed(3)
     memory = ContrastiveMemory(**{"examples": 11, "negatives": 4, "width": None, **options}).double()
-    memory.size(12, 12)
+    memory.size(torch.Size([6, 12]), torch.Size([6, 12]))
     return memory.double()
 
 
@@ -229,7 +229,7 @@ def test_copying_the_bank_or_the_candidates_is_the_same():
 def test_backward_after_the_update(width):
     torch.manual_seed(0)
     memory = ContrastiveMemory(examples=11, negatives=4, width=width)
-    memory.size(12, 12)
+    memory.size(torch.Size([6, 12]), torch.Size([6, 12]))
     student = ES.float().requires_grad_()
     for _ in range(2):
         crd(student, ET.float(), example_id=IDS, memory=memory).mean().backward()
@@ -243,7 +243,7 @@ def test_backward_after_the_update(width):
 def test_training_brings_the_two_sides_together():
     torch.manual_seed(0)
     memory = ContrastiveMemory(examples=6, negatives=5, width=None, temperature=0.5)
-    memory.size(12, 12)
+    memory.size(torch.Size([6, 12]), torch.Size([6, 12]))
     student, ids = ES.float().requires_grad_(), torch.arange(6)
     optimizer = torch.optim.SGD([student], lr=0.2)
     alike = [torch.cosine_similarity(student, ET.float()).mean().item()]
@@ -261,7 +261,7 @@ def test_memory_is_saved_and_loaded(width):
     options = {"examples": 11, "negatives": 4, "width": width}
     torch.manual_seed(0)
     memory, other = ContrastiveMemory(**options), ContrastiveMemory(**options)
-    memory.size(12, 12)
+    memory.size(torch.Size([6, 12]), torch.Size([6, 12]))
     memory.ratios(ES.float(), ET.float(), IDS)
     other.load_state_dict(memory.state_dict())
     results = []
@@ -276,7 +276,7 @@ def test_an_optimizer_may_hold_the_embeddings_before_they_have_a_size():
     torch.manual_seed(0)
     memory = ContrastiveMemory(examples=11, negatives=4, width=3)
     optimizer = torch.optim.SGD(memory.parameters(), lr=0.1)
-    memory.size(12, 10)
+    memory.size(torch.Size([6, 12]), torch.Size([6, 10]))
     before = memory.embed_teacher.weight.detach().clone()
     crd(ES.float(), ET[:, :10].float(), example_id=IDS, memory=memory).mean().backward()
     optimizer.step()
@@ -318,7 +318,10 @@ def test_nan_is_not_swallowed(side):
         (lambda: infonce(ES, ET, similarity="l2"), "unknown similarity 'l2'"),
         (lambda: crd(ES, ET, example_id=IDS[:4], memory=FixedMemory()), r"ids \(4,\)"),
         (lambda: memory_of().ratios(ES, ET, IDS + 6), "example ids are from 6 to 15, and the memory has 11 rows"),
-        (lambda: memory_of().size(12, 8), "12 features and the teacher 8; give the memory a width"),
+        (
+            lambda: memory_of().size(torch.Size([6, 12]), torch.Size([6, 8])),
+            "12 features and the teacher 8; give the memory a width",
+        ),
         (lambda: ContrastiveMemory(examples=11).ratios(ES, ET, IDS), "the memory has no size yet"),
         (lambda: ContrastiveMemory(examples=1), "examples must be at least 2, got 1"),
         (lambda: ContrastiveMemory(examples=2, negatives=0), "negatives must be at least 1, got 0"),

@@ -6,16 +6,17 @@ Shape legend: N examples of the training data, B of a batch, D features, E featu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
 
-from limbeck.losses.features import unit_vectors
+from limbeck.projectors.base import PROJECTORS, Projector, Shapes, single
+from limbeck.projectors.layers import Affine
 
 
-class ContrastiveMemory(nn.Module):
+@PROJECTORS.register_as("contrastive_memory")
+class ContrastiveMemory(Projector):
     """Two banks of embeddings, the student's and the teacher's, a row for each training example.
 
     It has what `limbeck.losses.contrastive.Memory` asks for. Its own state is its banks and normalizers, buffers
@@ -31,8 +32,9 @@ class ContrastiveMemory(nn.Module):
         momentum: How much of a row is kept when its example is seen again, 0 to below 1.
 
     Example:
+        >>> from torch import Size
         >>> memory = ContrastiveMemory(examples=5, negatives=2, width=4)
-        >>> memory.size(3, 8)
+        >>> memory.size(Size([2, 3]), Size([2, 8]))
         >>> ours, theirs = memory.ratios(torch.ones(2, 3), torch.ones(2, 8), torch.tensor([0, 3]))
         >>> ours.shape, theirs.shape, memory.student_bank.shape
         (torch.Size([2, 3]), torch.Size([2, 3]), torch.Size([5, 4]))
@@ -71,35 +73,35 @@ class ContrastiveMemory(nn.Module):
         self.width = width
         self.temperature = temperature
         self.momentum = momentum
-        self.embed_student: nn.Module = nn.Identity() if width is None else nn.LazyLinear(width)
-        self.embed_teacher: nn.Module = nn.Identity() if width is None else nn.LazyLinear(width)
-        for bank in ("student_bank", "teacher_bank"):
-            self.register_buffer(bank, torch.empty(0))
+        self.embed_student = None if width is None else Affine()
+        self.embed_teacher = None if width is None else Affine()
+        self.register_buffer("student_bank", torch.empty(0))
+        self.register_buffer("teacher_bank", torch.empty(0))
         self.register_buffer("normalizers", torch.zeros(2))  # zero until the first batch
 
-    def size(self, student: int, teacher: int) -> None:
+    def size(self, student: Shapes, teacher: Shapes) -> None:
         """Make embeddings and banks for features of these widths; rows begin at random, about one long.
 
         Raises:
             ValueError: the widths differ, and there is no embedding.
         """
-        if self.width is None and student != teacher:
-            raise ValueError(
-                f"the student has {student} features and the teacher {teacher}; give the memory a width"
-            )
-        device = self.normalizers.device
-        with torch.no_grad():
-            for embed, features in ((self.embed_student, student), (self.embed_teacher, teacher)):
-                embed(torch.zeros(1, features, device=device))  # a lazy layer gets its shape from what it sees
-        shape = (self.examples, self.width or student)
-        bound = math.sqrt(3 / shape[1])
-        self.student_bank = torch.empty(shape, device=device).uniform_(-bound, bound)
-        self.teacher_bank = torch.empty(shape, device=device).uniform_(-bound, bound)
+        own, its = (shape[-1] for shape in single(student, teacher, "contrastive_memory"))
+        if self.width is None and own != its:
+            raise ValueError(f"the student has {own} features and the teacher {its}; give the memory a width")
+        if self.width is not None and self.embed_student and self.embed_teacher:
+            self.embed_student.size(own, self.width)
+            self.embed_teacher.size(its, self.width)
+        rows = (self.examples, self.width or own)
+        self.shape(student_bank=rows, teacher_bank=rows)
+        bound = math.sqrt(3 / rows[1])
+        self.student_bank.uniform_(-bound, bound)
+        self.teacher_bank.uniform_(-bound, bound)
 
     def ratios(self, student: Tensor, teacher: Tensor, example_id: Tensor) -> tuple[Tensor, Tensor]:
         """See `limbeck.losses.contrastive.Memory`."""
         self._check(example_id)
-        ours, theirs = unit_vectors(self.embed_student(student)), unit_vectors(self.embed_teacher(teacher))
+        ours = F.normalize(student if self.embed_student is None else self.embed_student(student), dim=-1)
+        theirs = F.normalize(teacher if self.embed_teacher is None else self.embed_teacher(teacher), dim=-1)
         candidates = self.draw(example_id)
         likely = (
             (similarities(ours, self.teacher_bank, candidates) / self.temperature).exp(),
@@ -143,14 +145,7 @@ class ContrastiveMemory(nn.Module):
 
     def _remember(self, bank: Tensor, new: Tensor, example_id: Tensor) -> None:
         mixed = self.momentum * bank[example_id] + (1 - self.momentum) * new.to(bank)
-        bank[example_id] = unit_vectors(mixed)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("student_bank", "teacher_bank"):
-            saved = state_dict.get(f"{prefix}{name}")
-            if saved is not None and not getattr(self, name).numel():
-                setattr(self, name, torch.empty_like(saved, device=self.normalizers.device))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        bank[example_id] = F.normalize(mixed, dim=-1)
 
 
 def similarities(rows: Tensor, bank: Tensor, candidates: Tensor) -> Tensor:
