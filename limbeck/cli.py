@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
+import textwrap
 import traceback
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -16,6 +18,8 @@ from limbeck.registry import nearest
 
 if TYPE_CHECKING:
     from limbeck.recipe import Recipe
+    from limbeck.registry import Registry
+    from limbeck.testing import Verdict
 
 ABOUT = "Knowledge distillation: a trained teacher goes in; a smaller, faster student comes out."
 
@@ -39,7 +43,19 @@ Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
 
 DEMOS = ("docstrings", "digits")
 EXAMPLES = {"task": "name: glue/rte", "teacher": "model: PATH", "student": "layers: [1, 3]"}
-LISTS = ("losses", "tasks", "metrics", "projections")
+LISTS = (
+    *("losses", "transforms", "temperatures", "schedules", "balances", "projections"),
+    *("tasks", "metrics"),
+)
+WIDTH, INDENT = 100, 24
+COLORS = {"passed": "green", "failed": "red", "skipped": "yellow"}
+HINTS = {
+    "is zero at equality": "--no-identity",
+    "is never negative": "--negative",
+    "does not depend on the cut": "--whole-batch",
+    "ignores a constant added to the logits": "no --logits",
+}
+"""What to say on the command line where a failed promise was not meant."""
 
 
 @app.callback(help=ABOUT)
@@ -106,8 +122,57 @@ def list_names(
     """List what can be named in a recipe."""
     if what not in LISTS:
         raise ValueError(f"there is no list of {what!r}; {nearest(what, LISTS)}")
-    for name, line in _descriptions(what):
-        console.print(f"[bold]{name:<24}[/bold] {line}", highlight=False, soft_wrap=True)
+    for name, lines in _entries(what):
+        first, *more = _wrapped(lines) or [""]
+        console.print(
+            f"[bold]{name:<{INDENT - 1}}[/bold] {_escaped(first)}".rstrip(), highlight=False, soft_wrap=True
+        )
+        for line in more:
+            console.print(" " * INDENT + _escaped(line), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def check(
+    loss: Annotated[str, typer.Argument(help="package.module:function, or a name of: limbeck list losses.")],
+    logits: Annotated[
+        bool, typer.Option(help="It compares logits: a constant added to them counts nothing.")
+    ] = False,
+    identity: Annotated[
+        bool, typer.Option(help="Whether it is zero where the student equals the teacher.")
+    ] = True,
+    negative: Annotated[bool, typer.Option("--negative", help="It may be negative.")] = False,
+    whole_batch: Annotated[
+        bool, typer.Option("--whole-batch", help="It compares the examples of a batch.")
+    ] = False,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Of its inputs: B,7 or B,L,7 (B examples, L positions) or B,3,5,5.")
+    ] = None,
+    places: Annotated[int | None, typer.Option(min=1, help="How many tensors it takes on each side.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="Of the loss.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Check that a loss does what every loss has to do: edges, masks, precision, gradients."""
+    sys.path.insert(0, str(Path.cwd()))
+    from limbeck.losses import LOSSES
+    from limbeck.testing import contract_of, verdicts
+
+    function = LOSSES.get(loss)
+    if not callable(function):
+        raise ValueError(f"{loss!r} is no function")
+    promises = {"logits": logits, "shift_invariant": logits, "non_negative": not negative}
+    promises |= {"per_example": not whole_batch} | ({} if identity else {"identity": False})
+    contract = contract_of(function, options=_options(option), shapes=shape or (), places=places, **promises)
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    for verdict in verdicts(contract):
+        counts[verdict.outcome] += 1
+        said = f": {textwrap.shorten(verdict.reason, 240)}{_hint(verdict)}" if verdict.reason else ""
+        outcome = f"[{COLORS[verdict.outcome]}]{verdict.outcome:<7}[/]"
+        console.print(f"{outcome}  {verdict.check}{_escaped(said)}", highlight=False, soft_wrap=True)
+    console.print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()), highlight=False)
+    if counts["failed"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -204,17 +269,69 @@ def _run(recipe: Recipe, out: Path | None, overwrite: bool, retrain: bool) -> No
     console.print(f"\nReport: {folder / 'report.html'}   Student: {folder / 'student'}", soft_wrap=True)
 
 
-def _descriptions(what: str) -> list[tuple[str, str]]:
+def _hint(verdict: Verdict) -> str:
+    said = HINTS.get(verdict.check) if verdict.outcome == "failed" else None
+    return f" ({said}, if that is meant)" if said else ""
+
+
+def _options(written: list[str] | None) -> dict[str, Any]:
+    """Options of a loss, each KEY=VALUE with a value in YAML."""
+    import yaml
+
+    options = {}
+    for text in written or []:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"the option {text!r} has no value; write KEY=VALUE")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"the value of the option {text!r} is no YAML") from None
+    return options
+
+
+def _wrapped(lines: list[str]) -> list[str]:
+    return [part for line in lines for part in textwrap.wrap(line, WIDTH - INDENT)]
+
+
+def _entries(what: str) -> list[tuple[str, list[str]]]:
+    """What has a name, and the lines that say what it is: of a function its first line, options and paper."""
     if what == "tasks":
         from limbeck.tasks import task_names
 
-        return [(name, "") for name in task_names()]
+        return [(name, []) for name in task_names()]
     if what == "metrics":
         from limbeck.metrics import METRICS
 
-        return [(n, "higher is better" if m.higher_is_better else "lower is better") for n, m in METRICS.items()]
-    from limbeck.losses import LOSSES
+        return [(n, ["higher is better" if m.higher_is_better else "lower is better"]) for n, m in METRICS.items()]
+    from limbeck.losses.describe import describe, shown
+
+    registry = _registry(what)
+    entries = []
+    for name in registry:
+        found = describe(registry.get(name), name)
+        options = ", ".join(shown(option, default) for option, default in found.options.items())
+        entries.append((name, [found.summary, options, found.paper]))
+    return entries
+
+
+def _registry(what: str) -> Registry[Callable[..., Any]]:
+    if what == "losses":
+        from limbeck.losses import LOSSES
+
+        return LOSSES
+    if what in ("transforms", "temperatures"):
+        from limbeck.losses.transforms import TEMPERATURES, TRANSFORMS
+
+        return TRANSFORMS if what == "transforms" else TEMPERATURES
+    if what == "schedules":
+        from limbeck.schedules import SCHEDULES
+
+        return SCHEDULES
+    if what == "balances":
+        from limbeck.balance import BALANCES
+
+        return cast("Registry[Callable[..., Any]]", BALANCES)
     from limbeck.projectors import PROJECTORS
 
-    registry: Any = LOSSES if what == "losses" else PROJECTORS
-    return [(name, (registry.get(name).__doc__ or "").strip().splitlines()[0]) for name in registry]
+    return PROJECTORS

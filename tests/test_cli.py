@@ -237,13 +237,24 @@ def test_report_command(limbeck, place, tmp_path):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+LISTED = {
+    "losses": "forward_kl",
+    "transforms": "standardize",
+    "temperatures": "flsw",
+    "schedules": "warmup",
+    "balances": "matched_scale",
+    "projections": "linear",
+    "tasks": "glue/rte",
+    "metrics": "accuracy",
+}
+
+
 @pytest.mark.parametrize("what", cli.LISTS)
 def test_list(limbeck, what):
     status, printed = limbeck("list", what)
     assert status == 0
-    assert {"losses": "forward_kl", "tasks": "glue/rte", "metrics": "accuracy", "projections": "linear"}[
-        what
-    ] in printed
+    assert LISTED[what] in printed
+    assert max(len(line) for line in printed.splitlines()) <= 100
 
 
 # Bad input: one clear line, status 2, and nothing started.

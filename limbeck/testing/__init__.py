@@ -5,8 +5,9 @@ plain methods with plain assertions, so that `run` works where pytest is not ins
 """
 
 from limbeck.testing.backend import BackendContract
-from limbeck.testing.checks import run
+from limbeck.testing.checks import Verdict, run, verdicts
 from limbeck.testing.loss import LossContract
+from limbeck.testing.promise import contract_of
 from limbeck.testing.teacher import TeacherContract
 
-__all__ = ["BackendContract", "LossContract", "TeacherContract", "run"]
+__all__ = ["BackendContract", "LossContract", "TeacherContract", "Verdict", "contract_of", "run", "verdicts"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 from unittest import SkipTest
 
 import torch
@@ -9,6 +12,52 @@ from torch import Tensor
 
 EXACT = 1e-9
 """Relative and absolute tolerance of comparisons in float64."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of one test of a contract.
+
+    Attributes:
+        check: The test's name in words.
+        outcome: How it ended.
+        reason: Why it failed or was skipped, in one line.
+    """
+
+    check: str
+    outcome: Literal["passed", "failed", "skipped"]
+    reason: str = ""
+
+
+def verdicts(contract: type) -> Iterator[Verdict]:
+    """Run every test of a contract, and go on where one fails.
+
+    Args:
+        contract: A subclass of `LossContract`, `TeacherContract` or `BackendContract`.
+
+    Example:
+        >>> class Contract:
+        ...     def test_counts(self):
+        ...         require(1 + 1 == 3, "it cannot count")
+        >>> list(verdicts(Contract))
+        [Verdict(check='counts', outcome='failed', reason='it cannot count')]
+    """
+    for name in _tests(contract):
+        check = name.removeprefix("test_").replace("_", " ")
+        try:
+            getattr(contract(), name)()
+        except SkipTest as skipped:
+            yield Verdict(check, "skipped", str(skipped))
+        except AssertionError as failure:
+            yield Verdict(check, "failed", " ".join(str(failure).split()))
+        except Exception as error:
+            yield Verdict(check, "failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
+        else:
+            yield Verdict(check, "passed")
+
+
+def _tests(contract: type) -> list[str]:
+    return sorted(name for name in dir(contract) if name.startswith("test_"))
 
 
 def run(contract: type) -> list[str]:
@@ -29,10 +78,10 @@ def run(contract: type) -> list[str]:
         ...     loss = "forward_kl"
         ...     logits = shift_invariant = True
         >>> len(run(TestForwardKL))
-        13
+        15
     """
     passed = []
-    for name in sorted(n for n in dir(contract) if n.startswith("test_")):
+    for name in _tests(contract):
         try:
             getattr(contract(), name)()
         except SkipTest:

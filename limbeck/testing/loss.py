@@ -107,6 +107,13 @@ class LossContract:
             kept = values.shape[: len(leading)] == leading or (values.ndim == 0 and not self.per_example)
             require(kept, f"inputs with {leading} give values {tuple(values.shape)}")
 
+    def test_keeps_double_precision(self) -> None:
+        """Inputs in float64 give values in float64, without which the other tests compare rounding errors."""
+        for example in self.examples():
+            dtype = self.call(example).dtype
+            cure = "lift half precision alone, with limbeck.losses.full_precision"
+            require(dtype == torch.float64, f"inputs in float64 give values in {dtype}; {cure}")
+
     def test_is_zero_at_equality(self) -> None:
         """Value and gradient vanish where the student equals the teacher."""
         skip_unless(self.identity, "identity")
@@ -225,6 +232,18 @@ class LossContract:
             ours, its_gradient = self.gradient(poisoned, mask)
             close(ours, value, f"with {poison} at masked positions")
             close(its_gradient[mask], gradient[mask], f"with {poison} at masked positions")
+
+    def test_an_empty_mask_gives_zero(self) -> None:
+        """Where no position counts, the reduced value is 0 and no position gets a gradient."""
+        for leading, example in zip(self.leading, self.examples(), strict=True):
+            empty = {
+                name: torch.zeros_like(tensor) if name == "mask" else tensor for name, tensor in example.items()
+            }
+            whole = self.call(empty).ndim == 0
+            skip_unless(not whole or "mask" in example, "one value per example, or a mask that it asks for")
+            value, gradient = self.gradient(empty, torch.zeros(leading))
+            require(value.isfinite() if whole else value == 0, f"the value is {value.item()}")
+            require(not gradient.any(), "a position that does not count gets a gradient")
 
     def test_does_not_depend_on_the_cut(self) -> None:
         """Parts of a batch, each divided by the count of the whole, sum up to the batch."""

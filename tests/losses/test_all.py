@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 
 import pytest
+import torch
 from torch.autograd.gradcheck import GradcheckError
 
 import tests.losses
@@ -70,6 +71,23 @@ def no_epsilon(student, teacher):
     return 1 - (student * teacher.detach()).sum(-1) / lengths
 
 
+def shared_out(student, teacher, *, mask):
+    return (student - teacher.detach()).square().mean(-1) * mask * mask.numel() / mask.sum()
+
+
+def with_mask(self, *leading):
+    return {**LossContract.example(self, *leading), "mask": torch.ones(leading)}
+
+
+def first_alone(student, teacher):
+    others = (student.detach() - teacher.detach())[1:].square().mean()  # of a batch of one there are none
+    return (student - teacher.detach()).square().mean(-1) / others
+
+
+def ends_at_zero(student, teacher):
+    return (student - teacher.detach()).square().mean(-1).sqrt()
+
+
 BROKEN = {
     "reduced": (lambda s, t: (s - t.detach()).square().mean(), "keeps_the_leading_dimensions", {}),
     "entropy": (lambda s, t: -(t.detach().softmax(-1) * s.log_softmax(-1)).sum(-1), "is_zero_at_equality", {}),
@@ -101,6 +119,10 @@ BROKEN = {
         {},
     ),
     "leaking": (lambda s, t: (s - t.detach()).cumsum(1).square().mean(-1), "masked_positions_do_not_leak", {}),
+    "own count": (shared_out, "an_empty_mask_gives_zero", {"example": with_mask}),
+    "no others": (first_alone, "extreme_inputs_stay_finite", {}),
+    "lowered": (lambda s, t: (s.float() - t.float()).square().mean(-1), "keeps_double_precision", {}),
+    "root": (ends_at_zero, "is_zero_at_equality", {}),
     "relative": (
         lambda s, t: (s - t.detach()).square().mean(-1) / t.detach().square().mean(),
         "does_not_depend_on_the_cut",
