@@ -10,20 +10,41 @@ from typer.testing import CliRunner
 
 import limbeck
 from limbeck.cli import app
-from limbeck.recipe import Recipe
+from limbeck.recipe import Places, Recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+OBJECTIVES = (ROOT / "docs" / "objectives.md").read_text()
 RECIPES = sorted((ROOT / "limbeck" / "recipes").glob("*.yaml"))
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", [*blocks("python"), *blocks("python", OBJECTIVES)])
 def test_python_blocks_run(code):
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "a document", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("text", blocks("yaml", OBJECTIVES))
+def test_terms_of_the_document_are_terms(text):
+    """They are checked against a model with layers and modules of these names, found maps apart."""
+    recipe = {"task": {"name": "glue/rte"}, "teacher": {"model": "x"}, "student": {"layers": [0]}}
+    found = {"pairs": [[0, 1]], "shares": [1.0]}
+    modules = ("stages.0", "stages.1")
+    places = Places(
+        student_path="encoder.layer",
+        teacher_path="encoder.layer",
+        student=2,
+        teacher=6,
+        student_modules=modules,
+        teacher_modules=modules,
+        matches={"cka": found, "emd": found},
+    )
+    specs = yaml.safe_load(text)["terms"]
+    terms = Recipe.parse({**recipe, "terms": specs}).build_terms(places, regression=False)
+    assert {term.name.split(".")[0] for term in terms} == set(specs)
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
@@ -60,8 +81,9 @@ def test_shipped_recipes_run_on_small_data(path, tmp_path):
 
 
 def test_links_and_pictures_are_there():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+    for folder, text in ((ROOT, README), (ROOT / "docs", OBJECTIVES)):
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("http") or (folder / target).exists(), target
 
 
 def test_the_two_commands_stand_in_the_first_screen():

@@ -241,6 +241,12 @@ def test_features_through_the_teachers_head():
     assert teacher.head.weight.grad is None
 
 
+def test_a_borrowed_option_may_be_a_number_of_ones_own():
+    assert Distiller(*models(), [Term("second", loss="ofd", margin=-0.5)])(*images()).loss.isfinite()
+    with pytest.raises(ValueError, match="the teacher has no module 'norm'"):
+        Distiller(*models(), [Term("second", loss="ofd", margin="norm")])
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

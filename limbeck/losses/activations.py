@@ -88,7 +88,7 @@ def ab(student: Tensor, teacher: Tensor, *, margin: float = 1.0) -> Tensor:
     return total(keep_nan(short.square(), teacher))
 
 
-@loss
+@loss(borrows=("margin",))
 def ofd(student: Tensor, teacher: Tensor, *, margin: Tensor | float | nn.BatchNorm2d) -> Tensor:
     r"""Overhauled feature distillation: summed squares, save where both are inactive and the student more so.
 
@@ -98,7 +98,7 @@ def ofd(student: Tensor, teacher: Tensor, *, margin: Tensor | float | nn.BatchNo
         student: Pre-activations (B, C, H, W), projected to the teacher's channels; a larger map is pooled.
         teacher: Pre-activations (B, C, H', W').
         margin: m, a negative number, one per channel (C,), or the teacher's batch normalisation, from which
-            `ofd_margin` takes them.
+            `ofd_margin` takes them (in a term its path).
 
     Returns:
         One value per example, (B,).

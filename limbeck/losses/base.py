@@ -70,7 +70,7 @@ class Traits:
         learns: Keyword-only parameters that are modules trained with the student, each with the name of the
             projection kind that makes it, ``{"variance": "channel_variance"}``. The Distiller builds, sizes,
             trains and saves them; a caller of the bare function passes them itself.
-        borrows: Keyword-only parameters that are parts of the teacher, such as its classifier: in a term one
+        borrows: Keyword-only parameters that may be parts of the teacher, such as its classifier: in a term one
             names the module by its path, and the Distiller passes the module.
     """
 
