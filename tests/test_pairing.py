@@ -1,0 +1,90 @@
+"""Layers that belong together: found from data, through a whole run."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import limbeck
+from limbeck.pairing import find_places, match_places
+from limbeck.recipe import Places
+from tests import tiny
+from tests.models import bert, perceptron, text_batch
+
+
+def batches():
+    return [text_batch(seed=seed) for seed in range(4)]
+
+
+def test_a_model_is_matched_with_itself_layer_by_layer():
+    teacher = bert(layers=3)
+    student = copy.deepcopy(teacher)
+    places = find_places(student, teacher, None)
+    assert (places.student_path, places.student, places.teacher) == ("bert.encoder.layer", 3, 3)
+    found = match_places(student, teacher, places, batches(), ["cka", "emd"]).matches
+    for kind in ("cka", "emd"):
+        assert found[kind].pairs == ((0, 0), (1, 1), (2, 2))
+        assert found[kind].shares == pytest.approx((1 / 3,) * 3)
+
+
+def test_padding_does_not_change_what_is_found():
+    student, teacher = bert(layers=2, seed=1), bert(layers=4)
+    places = find_places(student, teacher, None)
+    longer = [
+        {
+            **batch,
+            "input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 3), value=9),
+            "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, 3)),
+        }
+        for batch in batches()
+    ]
+    found = [match_places(student, teacher, places, data, ["emd"]).matches for data in (batches(), longer)]
+    assert found[0] == found[1]
+
+
+def test_models_without_layers_have_modules_all_the_same():
+    places = find_places(perceptron(), perceptron(), None)
+    assert places.student == 0
+    assert places.student_modules
+
+
+def test_a_map_that_is_found_needs_a_run():
+    spec = limbeck.Recipe.parse(
+        {
+            "task": {"name": "glue/rte"},
+            "teacher": {"model": "x"},
+            "student": {"layers": [0]},
+            "terms": {"h": {"tap": "layers", "map": "cka", "loss": "mse"}},
+        }
+    )
+    places = Places(student_path="a", teacher_path="b", student=1, teacher=2)
+    with pytest.raises(ValueError, match=r"terms\.h: map cka is found from data, in a run"):
+        spec.build_terms(places, regression=False)
+
+
+@pytest.mark.parametrize("kind", ["cka", "emd"])
+def test_a_run_finds_its_pairs_and_reports_them(kind, tmp_path):
+    tiny.save_encoder(tmp_path / "teacher", num_hidden_layers=4)
+    tiny.table().to_csv(tmp_path / "data.csv", index=False)
+    recipe = {
+        "task": {"name": "table", "data": str(tmp_path / "data.csv"), "text": ["text"], "label": "label"},
+        "teacher": {"model": str(tmp_path / "teacher"), "training": {"steps": 2}},
+        "student": {"layers": [0, 3]},
+        "terms": {
+            "kd": {"loss": "forward_kl"},
+            "hidden": {"tap": "layers", "map": kind, "loss": "mse"},
+            "labels": {"tap": "labels", "loss": "cross_entropy"},
+        },
+        "training": {"steps": 2},
+        "seeds": 2,
+        "store": str(tmp_path / "store"),
+    }
+    report = limbeck.distill(recipe, tmp_path / "run")
+    rows = [row for row in report.plan if row["name"].startswith("hidden.")]
+    assert len(rows) == 2 if kind == "cka" else len(rows) >= 4
+    assert sum(row["weight"] for row in rows) == pytest.approx(1.0)
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    for seed in (0, 1):
+        terms = next(line["terms"] for line in logged if line["stage"] == f"student-{seed}" and "terms" in line)
+        assert {row["name"] for row in rows} <= set(terms)
