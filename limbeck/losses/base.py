@@ -29,6 +29,7 @@ FAMILIES = (
     "logits",
     "targets",
     "ranking",
+    "correlations",
     "features",
     "maps",
     "activations",

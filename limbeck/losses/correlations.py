@@ -1,0 +1,189 @@
+"""Losses between logits that look at how classes and examples of a batch go together.
+
+Shape legend: B examples, L positions, C classes; ``(..., C)`` stands for (B, C) or (B, L, C).
+``p`` is the teacher's and ``q`` the student's distribution at temperature T.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from limbeck.losses.base import loss
+from limbeck.losses.labels import over_classes, zero_unless
+from limbeck.losses.logits import (
+    paired_log_probs,
+    times_squared,
+)
+
+
+def _rows(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Positions in a row, (..., C) to (N, C), those that the mask leaves out at zero."""
+    if mask is not None:
+        values = zero_unless((mask != 0).unsqueeze(-1), values)
+    return values.reshape(-1, values.shape[-1])
+
+
+def _check_mask(student: Tensor, mask: Tensor | None) -> None:
+    if mask is not None and mask.shape != student.shape[:-1]:
+        raise ValueError(
+            f"a mask of shape {tuple(mask.shape)} does not fit logits of shape {tuple(student.shape)}; "
+            "it must match all dimensions but the last"
+        )
+
+
+def _unit(values: Tensor, there: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Centre and scale to length 1 along a dimension what is there; and whether it varies at all.
+
+    The largest entry is divided out first, since squares of small probabilities vanish.
+    """
+    values = zero_unless(there, values)
+    largest = values.detach().abs().amax(dim=dim, keepdim=True)
+    smallest = torch.finfo(values.dtype).tiny / torch.finfo(values.dtype).eps
+    scaled = values / torch.where(largest < smallest, torch.ones_like(largest), largest)
+    mean = scaled.sum(dim=dim, keepdim=True) / there.sum(dim=dim, keepdim=True).clamp(min=1)
+    centred = zero_unless(there, scaled - mean)
+    noise = 8 * torch.finfo(values.dtype).eps  # of a mean of equal numbers
+    flat = (largest < smallest) | (centred.detach().abs().amax(dim=dim, keepdim=True) <= noise)
+    centred = zero_unless(~flat, centred)
+    length = torch.linalg.vector_norm(torch.where(flat, torch.ones_like(centred), centred), dim=dim, keepdim=True)
+    return centred / length, ~flat.squeeze(dim)
+
+
+def _uncorrelated(student: Tensor, teacher: Tensor, there: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """One minus Pearson's correlation along a dimension, 0 where the teacher does not vary; and where it does."""
+    (student, _), (teacher, varies) = _unit(student, there, dim), _unit(teacher, there, dim)
+    return zero_unless(varies, 1 - (student * teacher).sum(dim=dim)), varies
+
+
+@loss
+def dist(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float | Tensor = 1.0,
+) -> Tensor:
+    r"""One minus the correlation of probabilities: between the classes of an example, and within a class.
+
+    .. math:: T^2 \Bigl( \beta \bigl(1 - \rho(q_{b \cdot}, p_{b \cdot})\bigr)
+        + \tfrac{\gamma}{C} \sum_c \bigl(1 - \rho(q_{\cdot c}, p_{\cdot c})\bigr) \Bigr)
+
+    ρ is Pearson's correlation. The second part belongs to the batch, and each position gets the same.
+
+    Args:
+        student: Logits (..., C).
+        teacher: Logits (..., C). A class at minus infinity on both sides is not there.
+        mask: (...,), 0 where a position does not count among the examples of a class.
+        beta: β, weight of the relation between classes.
+        gamma: γ, weight of the relation within a class.
+        temperature: T, softens both distributions. A correlation does not scale with T, and becomes that of the
+            logits as T grows: its gradient would keep its size without T², and grows like T² with it.
+
+    Returns:
+        One value in [0, 2 T² (β + γ)] per position, (...). Zero where teacher equals student. A relation in
+        which the teacher does not vary, as in a batch of one, counts nothing.
+
+    Raises:
+        ValueError: the shapes differ, or the temperature is not positive.
+
+    Example:
+        >>> student, teacher = torch.eye(3), torch.eye(3).roll(1, 0)
+        >>> dist(student, teacher)
+        tensor([3., 3., 3.])
+
+    Reference:
+        Huang et al. 2022, Knowledge Distillation from a Stronger Teacher, arXiv:2205.10536 (β = γ = 1, weight 2,
+        T = 1; CIFAR-100 T = 4). Its code adds 1e-8 to the product of the lengths, which mutes the classes whose
+        probabilities are about 1e-4 and less in the whole batch.
+    """
+    log_q, log_p = paired_log_probs(student, teacher, temperature)
+    _check_mask(student, mask)
+    counts = torch.ones_like(log_p) if mask is None else (mask != 0).unsqueeze(-1).expand_as(log_p)
+    there = _rows(~(log_q.isneginf() & log_p.isneginf()), None) & (_rows(counts, None) != 0)
+    q, p = _rows(log_q.exp(), mask), _rows(log_p.exp(), mask)
+    between, _ = _uncorrelated(q, p, there, dim=1)
+    within, varies = _uncorrelated(q, p, there, dim=0)
+    values = beta * between + gamma * over_classes(within, varies, "mean")
+    return times_squared(values.view(student.shape[:-1]), temperature)
+
+
+@loss
+def class_correlation(
+    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, temperature: float | Tensor = 1.0
+) -> Tensor:
+    r"""Squared difference between the two matrices of how often classes are expected together.
+
+    .. math:: \tfrac{1}{C} \lVert P^\top P - Q^\top Q \rVert_F^2
+
+    P and Q hold one row of probabilities per position.
+
+    Args:
+        student: Logits (..., C).
+        teacher: Logits (..., C).
+        mask: (...,), 0 where a position does not count.
+        temperature: T, softens both distributions. There is no T², as in the authors' code: the gradient falls
+            with T.
+
+    Returns:
+        A scalar that describes the batch: it grows with the square of the number of positions. Zero where
+        teacher equals student.
+
+    Raises:
+        ValueError: the shapes differ, or the temperature is not positive.
+
+    Example:
+        >>> class_correlation(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]])).item()  # doctest: +ELLIPSIS
+        0.187...
+
+    Reference:
+        Jin et al. 2023, Multi-Level Logit Distillation, CVPR (class correlation; it sums the divergences at T of
+        2 to 6 beside this).
+    """
+    q, p = _batch_of_probabilities(student, teacher, mask, temperature)
+    classes = (~(student.isneginf() & teacher.isneginf())).flatten(end_dim=-2).any(dim=0).sum()
+    return (p.T @ p - q.T @ q).square().sum() / classes
+
+
+@loss
+def batch_correlation(
+    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, temperature: float | Tensor = 1.0
+) -> Tensor:
+    r"""Squared difference between the two matrices of how alike the predictions for two examples are.
+
+    .. math:: \sum_j \bigl( (P P^\top)_{bj} - (Q Q^\top)_{bj} \bigr)^2
+
+    P and Q hold one row of probabilities per position; j runs over the batch.
+
+    Args:
+        student: Logits (..., C).
+        teacher: Logits (..., C).
+        mask: (...,), 0 where a position does not count.
+        temperature: T, softens both distributions. There is no T², as in the authors' code: the gradient falls
+            with T.
+
+    Returns:
+        One value per position, (...); it grows with their number. Zero where teacher equals student.
+
+    Raises:
+        ValueError: the shapes differ, or the temperature is not positive.
+
+    Example:
+        >>> batch_correlation(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]])).item()  # doctest: +ELLIPSIS
+        0.084...
+
+    Reference:
+        Jin et al. 2023, Multi-Level Logit Distillation, CVPR (batch correlation).
+    """
+    q, p = _batch_of_probabilities(student, teacher, mask, temperature)
+    return (p @ p.T - q @ q.T).square().sum(dim=-1).view(student.shape[:-1])
+
+
+def _batch_of_probabilities(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    log_q, log_p = paired_log_probs(student, teacher, temperature)
+    _check_mask(student, mask)
+    return _rows(log_q.exp(), mask), _rows(log_p.exp(), mask)
