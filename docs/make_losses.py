@@ -60,7 +60,7 @@ def oracles() -> dict[str, list[str]]:
         for loss, cases in getattr(family, "GOLDEN", {}).items():
             found[loss] |= {project(r["oracle"]) for case in cases for r in CASES[case]["results"]}
         second |= set(getattr(family, "NAIVE", {}))
-    for loss, live in json.loads(AGREEMENT.read_text())["losses"].items() if AGREEMENT.exists() else ():
+    for loss, live in json.loads(AGREEMENT.read_text())["losses"].items():
         found[loss] |= {entry["oracle"] for entry in live if entry["agrees"]}
     return {
         loss: sorted(found[loss], key=str.lower) + [SECOND] * (loss in second) for loss in found.keys() | second
@@ -117,6 +117,16 @@ def section(found: Description, agreeing: list[str]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def deviations() -> str:
+    """Where other projects' code gives other numbers, as `make oracles` last saw it."""
+    found = json.loads(AGREEMENT.read_text())["deviations"]
+    rows = [f"| {entry['oracle']} | `{entry['loss']}` | {cell(entry['reason'])} |" for entry in found]
+    said = "`make oracles` sees that these still differ, so that it is noticed when they no longer do."
+    return f"## Code that differs\n\n{said}\n\n" + "\n".join(
+        ["| code | beside | how |\n| --- | --- | --- |", *rows]
+    )
+
+
 def page() -> str:
     """The whole page."""
     agree = oracles()
@@ -131,7 +141,7 @@ def page() -> str:
         rows = [row(describe(registry.get(name), name)) for name in registry]
         head = "| name | what it does | options | paper |\n| --- | --- | --- | --- |"
         parts.append(f"## {title}\n\nThey compose with any loss between logits.\n\n" + "\n".join([head, *rows]))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, deviations()]) + "\n"
 
 
 if __name__ == "__main__":
