@@ -5,17 +5,18 @@ A recipe knows how to build its parts, the terms and the student; `limbeck.run` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from limbeck.matching import regex_pairs
-from limbeck.registry import nearest
+from limbeck.strict import Several, Strict, explain
 from limbeck.tasks import TaskOptions
-from limbeck.terms import Term, layer_pairs, share_of, spread
+from limbeck.terms import Term, check_term_options, layer_pairs, share_of, spread
 from limbeck.train import Settings
 
 LAYERS = "layers"
@@ -24,14 +25,14 @@ LAYERS = "layers"
 MODULES = "modules"
 """The tap of a term that is spread over modules whose names belong together."""
 
+EXAMPLES = {"task": "name: glue/rte", "teacher": "model: PATH", "student": "layers: [1, 3]"}
+
 FOUND = ("cka", "emd")
 """Layer maps that are found from data."""
 
 
-class TeacherSpec(BaseModel):
+class TeacherSpec(Strict):
     """The ``teacher:`` part: which model, and whether it is fine-tuned on the task first."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(description="a folder, a hub id, or package.module:function called with the task")
     options: dict[str, Any] = Field(default_factory=dict, description="options of such a function")
@@ -52,10 +53,8 @@ def _refuse_options(model: str | None, options: Mapping[str, Any]) -> None:
         raise ValueError(f"options {sorted(options)} are for a package.module:function; drop them")
 
 
-class StudentSpec(BaseModel):
+class StudentSpec(Strict):
     """The ``student:`` part: some of the teacher's layers, or another model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     layers: tuple[int, ...] | None = Field(None, description="layers taken from the teacher, counted from 0")
     path: str | None = Field(None, description="where the teacher keeps its layers, if it cannot be found")
@@ -81,6 +80,8 @@ class StudentSpec(BaseModel):
         """
         kind, _, numbers = text.partition(":")
         if kind != LAYERS:
+            if re.fullmatch(r"[\d\s,]+", numbers):
+                raise ValueError(f"{text!r} names no model; did you mean '{LAYERS}:{numbers}'?")
             return cls(model=text)
         try:
             return cls(layers=tuple(int(n) for n in numbers.split(",")))
@@ -88,16 +89,14 @@ class StudentSpec(BaseModel):
             raise ValueError(f"{text!r} names no layers; write layers:1,3,5") from None
 
 
-class NamePairs(BaseModel):
+class NamePairs(Strict):
     """Modules paired by name: the teacher's path is the student's with a regular expression replaced."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     pattern: str
     replacement: str
 
 
-class TermSpec(BaseModel):
+class TermSpec(Strict):
     """One entry of ``terms:``; keys that are not listed here are options of the loss."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -111,7 +110,7 @@ class TermSpec(BaseModel):
     weight: float | dict[str, Any] = Field(1.0, description="a number, or {schedule: name, base: 1.0}")
     project: str | dict[str, Any] | None = None
     mask: str | None = None
-    transforms: tuple[str | dict[str, Any], ...] = Field(
+    transforms: Annotated[tuple[str | dict[str, Any], ...], Several] = Field(
         (), description="what is done to both sides first: standardize, ..."
     )
     map: str | tuple[tuple[int, int], ...] | NamePairs | None = Field(
@@ -146,9 +145,11 @@ class TermSpec(BaseModel):
             ValueError: a value that does not fit.
             TypeError: an option that the loss does not have.
         """
+        options = self.model_extra or {}
         arguments: dict[str, Any] = {"loss": self.loss, "project": self.project, "mask": self.mask}
-        arguments |= {"transforms": self.transforms, **(self.model_extra or {})}
+        arguments |= {"transforms": self.transforms, **options}
         try:
+            check_term_options(self.loss, options, also=type(self).model_fields)
             if isinstance(self.map, NamePairs):
                 return self._by_name(name, places, arguments)
             if self.tap == LAYERS:
@@ -181,14 +182,14 @@ class TermSpec(BaseModel):
         return [f"{path}.{{}}.{place}" if place else f"{path}.{{}}" for place in places]
 
 
-class LayerMatch(BaseModel):
+class LayerMatch(Strict):
     """Pairs of layers that were found from data, and what part of a term's weight each gets."""
 
     pairs: tuple[tuple[int, int], ...]
     shares: tuple[float, ...]
 
 
-class Places(BaseModel):
+class Places(Strict):
     """What a recipe's terms have to know of the two models: where their layers are, and what modules they have."""
 
     student_path: str = ""
@@ -200,7 +201,7 @@ class Places(BaseModel):
     matches: dict[str, LayerMatch] = Field(default_factory=dict)
 
 
-class Recipe(BaseModel):
+class Recipe(Strict):
     """All that determines a run.
 
     Example:
@@ -214,9 +215,9 @@ class Recipe(BaseModel):
         >>> Recipe.parse({"tsk": {}})
         Traceback (most recent call last):
         ValueError: the recipe has no key 'tsk'; did you mean 'task'?
-    """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    A part that needs one thing only may be written as that, ``{"task": "glue/rte"}``; see `spelled_out`.
+    """
 
     task: TaskOptions
     teacher: TeacherSpec
@@ -248,13 +249,13 @@ class Recipe(BaseModel):
         Raises:
             ValueError: an unknown key or a wrong value; the message names its place.
         """
-        data = _copied(source)
+        data = spelled_out(source)
         for change in changes:
             set_value(data, change)
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise ValueError(explain(error, cls)) from None
+            raise ValueError(explain(error, cls, "the recipe")) from None
 
     @classmethod
     def load(cls, path: str | Path, changes: Sequence[str] = ()) -> Recipe:
@@ -363,32 +364,32 @@ def set_value(data: dict[str, Any], change: str) -> None:
         raise ValueError(f"--set {path}: cannot read the value {text!r}") from None
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Turn pydantic's report into one line: an unknown key first, or the first problem, and its place."""
-    problems = error.errors()
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    place = [str(part) for part in problem["loc"]]
-    if problem["type"] == "extra_forbidden":
-        known = _fields_at(model, place[:-1])
-        where = ".".join(place[:-1])
-        return (
-            f"{'the recipe' if not where else repr(where)} has no key {place[-1]!r}; {nearest(place[-1], known)}"
-        )
-    if problem["type"] == "missing":
-        return f"the recipe lacks {'.'.join(place)!r}; add it"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = problem["input"]
-    shown = "" if isinstance(given, (dict, BaseModel)) else f" (got {given!r})"
-    return f"{'.'.join(place) or 'the recipe'}: {message}{shown}"
+WRITTEN_OUT: dict[str, Callable[[str], dict[str, Any]]] = {
+    "task": lambda name: {"name": name},
+    "teacher": lambda model: {"model": model},
+    "student": lambda text: StudentSpec.parse(text).model_dump(exclude_none=True, exclude_defaults=True),
+}
+"""What stands for a part of a recipe that is one text."""
 
 
-def _fields_at(model: type[BaseModel], place: Sequence[str]) -> list[str]:
-    for part in place:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        model = annotation
-    return list(model.model_fields)
+def spelled_out(source: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a recipe in which each part has its keys.
+
+    Raises:
+        ValueError: a part is neither keys nor one text.
+
+    Example:
+        >>> spelled_out({"task": "glue/rte", "student": "layers:0,2"})
+        {'task': {'name': 'glue/rte'}, 'student': {'layers': (0, 2)}}
+    """
+    data: dict[str, Any] = _copied(source)
+    for key, write_out in WRITTEN_OUT.items():
+        given = data.get(key)
+        if isinstance(given, str):
+            data[key] = write_out(given)
+        elif given is not None and not isinstance(given, dict):
+            raise ValueError(f"{key!r} in the recipe is {given!r}; write keys of its own, such as {EXAMPLES[key]}")
+    return data
 
 
 def _copied(value: Any) -> Any:

@@ -15,8 +15,13 @@ T = TypeVar("T")
 C = TypeVar("C", bound=Callable[..., Any])
 
 
-def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
+def nearest(name: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
     """Say which known names come nearest to a wrong one, as the end of an error message.
+
+    Args:
+        name: The wrong name.
+        known: The right ones; they are listed where none comes near.
+        also: Names from elsewhere that may be meant, proposed only where they come near.
 
     Example:
         >>> nearest("forwrd_kl", ["forward_kl", "mse"])
@@ -25,11 +30,26 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
         'known: forward_kl, mse'
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=limit, cutoff=0.55)
+    close = [*closest(name, known), *closest(name, also, cutoff=0.7)]
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
     return f"known: {shown or 'none'}"
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.55) -> list[str]:
+    """At most three known names that come near a wrong one, the nearest first.
+
+    Nearest are paths that it lacks only the start of.
+
+    Example:
+        >>> closest("layer.1", ["layer", "bert.layer.1", "bert.layer.11", "head.layer.1"])
+        ['bert.layer.1', 'head.layer.1', 'layer']
+    """
+    known = sorted(known)
+    endings = [path for path in known if path.endswith(f".{name}")] if name else []
+    alike = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
+    return [*endings, *(path for path in alike if path not in endings)][:3]
 
 
 def import_object(path: str) -> Any:
@@ -56,8 +76,35 @@ def import_object(path: str) -> Any:
     return found
 
 
+def refuse_unknown(options: Iterable[str], known: Iterable[str], what: str, also: Iterable[str] = ()) -> None:
+    """Refuse the first option that is not known.
+
+    Args:
+        options: What the user wrote.
+        known: What there is.
+        what: What takes the options, in the error message.
+        also: Names of other things that stand beside the options and may be meant.
+
+    Raises:
+        TypeError: the option is not known.
+
+    Example:
+        >>> refuse_unknown(["bets"], ["betas", "foreach"], "optimizer 'adamw'")
+        Traceback (most recent call last):
+        TypeError: optimizer 'adamw' has no option 'bets'; did you mean 'betas'?
+    """
+    known = set(known)
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{what} has no option {name!r}; {nearest(name, known, also)}")
+
+
 def check_options(
-    function: Callable[..., Any], options: Mapping[str, Any], supplied: Iterable[str], what: str
+    function: Callable[..., Any],
+    options: Mapping[str, Any],
+    supplied: Iterable[str],
+    what: str,
+    also: Iterable[str] = (),
 ) -> None:
     """Check that `options` bind to the keyword-only parameters of `function`.
 
@@ -66,6 +113,7 @@ def check_options(
         options: What the user wrote.
         supplied: Names that the caller fills in at each call (``mask``, ``labels``); a user may not set them.
         what: How the function is named in an error message.
+        also: See `refuse_unknown`.
 
     Raises:
         TypeError: an option that the function does not have, or a required one that is missing.
@@ -80,9 +128,8 @@ def check_options(
     parameters = inspect.signature(function).parameters
     keyword = {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n not in supplied}
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for name in options:
-        if name not in keyword and not open_ended:
-            raise TypeError(f"{what} has no option {name!r}; {nearest(name, keyword)}")
+    if not open_ended:
+        refuse_unknown(options, keyword, what, also)
     missing = [n for n, p in keyword.items() if p.default is p.empty and n not in options]
     if missing:
         raise TypeError(f"{what} needs the option {missing[0]!r}; add it to the term")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from limbeck.registry import nearest
+from limbeck.registry import closest, nearest
 
 OUTPUT_NAMES = frozenset(
     {
@@ -84,9 +84,9 @@ def parse(text: str, paths: Iterable[str], any_output: bool = False) -> Tap:
     name, _, index = text.partition(".")
     if name in OUTPUT_NAMES or (any_output and "#" not in text):
         return Tap(text, module=None, name=name, part=index)
-    is_inside = any(p == name or p.startswith(f"{name}.") for p in paths)
-    hint = nearest(path, paths - {""}) if is_inside else nearest(name, (paths | OUTPUT_NAMES) - {""})
-    raise ValueError(f"no module or output {text!r}; {hint}")
+    named = (paths | OUTPUT_NAMES) - {""}
+    wrong = path if closest(path, paths) else name  # of an output, only the name can be wrong
+    raise ValueError(f"no module or output {text!r}; {nearest(wrong, named)}")
 
 
 def resolve(model: nn.Module, taps: Iterable[str], any_output: bool = False) -> dict[str, Tap]:

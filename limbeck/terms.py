@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from limbeck.losses import LOSSES, Comparison, compare_by, traits_of
+from limbeck.losses.base import SUPPLIED
 from limbeck.losses.call import TransformSpec
 from limbeck.projectors import build_projector
-from limbeck.registry import nearest
+from limbeck.registry import nearest, refuse_unknown
 from limbeck.schedules import Scheduled, build_schedule, value_at
 from limbeck.types import LABELS
 
 Taps = str | Sequence[str]
 Weight = float | Scheduled | Mapping[str, Any] | Callable[[float], float]
+
+ARGUMENTS = ("tap", "teacher_tap", "loss", "weight", "name", "project", "mask", "transforms")
+"""What a Term takes beside the options of its loss."""
 
 
 @dataclass(frozen=True, init=False)
@@ -42,7 +47,7 @@ class Term:
             options of the module that it trains; for a part of the teacher, the module's path.
 
     Raises:
-        ValueError: unknown loss, projection or schedule, or a weight that is no finite number.
+        ValueError: unknown loss, projection or schedule, or a weight that is negative or no finite number.
         TypeError: an option that the loss does not have.
 
     Example:
@@ -76,6 +81,7 @@ class Term:
         transforms: TransformSpec | Sequence[TransformSpec] = (),
         **options: Any,
     ) -> None:
+        check_term_options(loss, options, also=ARGUMENTS)
         learned, borrowed, options = _split_options(loss, options)
         comparison = compare_by(loss, transforms=transforms, given=(*learned, *borrowed), **options)
         project = project or traits_of(comparison.loss).project
@@ -83,12 +89,13 @@ class Term:
             build_projector(spec)
         taps, teacher_taps = _paired_taps(tap, teacher_tap)
         own_name = comparison.name if taps == ("logits",) else f"{comparison.name}[{'+'.join(taps)}]"
+        name = name or own_name
         fields = {
             "taps": taps,
             "teacher_taps": teacher_taps,
             "comparison": comparison,
-            "weight": _checked_weight(weight),
-            "name": name or own_name,
+            "weight": _checked_weight(weight, name),
+            "name": name,
             "project": project,
             "mask": mask,
             "learned": learned,
@@ -148,6 +155,28 @@ class Term:
         return {**shown, **{name: options for name, options in kinds.items() if options}, **self.borrowed}
 
 
+def check_term_options(
+    loss: str | Callable[..., Tensor], options: Mapping[str, Any], also: Iterable[str] = ARGUMENTS
+) -> None:
+    """Refuse an option that a loss does not have; one of `also` is proposed where the name comes near to it.
+
+    Raises:
+        ValueError: an unknown loss.
+        TypeError: an unknown option.
+
+    Example:
+        >>> check_term_options("mse", {"wieght": 0.5})
+        Traceback (most recent call last):
+        TypeError: loss 'mse' has no option 'wieght'; did you mean 'weight'?
+    """
+    function = LOSSES.get(loss) if isinstance(loss, str) else loss
+    parameters = inspect.signature(function).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - SUPPLIED
+        name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
+        refuse_unknown(options, known, f"loss {name!r}", also)
+
+
 def _split_options(
     loss: str | Callable[..., Tensor], options: dict[str, Any]
 ) -> tuple[dict[str, Mapping[str, Any]], dict[str, str], dict[str, Any]]:
@@ -174,14 +203,20 @@ def _paired_taps(tap: Taps, teacher_tap: Taps | None) -> tuple[tuple[str, ...], 
     return taps, teacher_taps
 
 
-def _checked_weight(weight: Weight) -> float | Scheduled:
-    if isinstance(weight, Scheduled):
-        return weight
+def _checked_weight(weight: Weight, name: str) -> float | Scheduled:
+    what = f"the weight of term {name!r}"
     if callable(weight) or isinstance(weight, Mapping):
-        return build_schedule(weight)
-    if not isinstance(weight, (int, float)) or not math.isfinite(weight):
-        raise ValueError(f"the weight of a term must be a finite number or a schedule, got {weight!r}")
-    return float(weight)
+        weight = build_schedule(weight)
+    if not isinstance(weight, Scheduled):
+        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ValueError(f"{what} must be a finite number or a schedule, got {weight!r}")
+        weight = float(weight)
+    for progress in (0.0, 0.5, 1.0):
+        value = value_at(weight, progress, what)
+        if value < 0:
+            when = f" at progress {progress:g}" if isinstance(weight, Scheduled) else ""
+            raise ValueError(f"{what} is {value:g}{when}, which pushes the student away; it must not be negative")
+    return weight
 
 
 LayerMap = str | Sequence[tuple[int, int]]
@@ -223,7 +258,7 @@ def layer_pairs(layers: LayerMap, student: int, teacher: int) -> list[tuple[int,
         "skip": lambda i: i * (teacher // student),
     }
     if layers not in maps:
-        raise ValueError(f"unknown layer map {layers!r}; {nearest(layers, maps)}, or a list of pairs")
+        raise ValueError(f"{layers!r} is neither a list of pairs nor a known layer map; {nearest(layers, maps)}")
     return [(i, maps[layers](i)) for i in range(student)]
 
 

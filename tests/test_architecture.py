@@ -21,7 +21,7 @@ PACKAGE = ROOT / "limbeck"
 # A module imports only from lower lines, and from its own folder.
 LAYERS = [
     "types registry shapes stopwatch atomic",
-    "batch metrics pretrained reduce schedules",
+    "batch metrics pretrained reduce schedules strict",
     "taps projectors matching",
     "losses",
     "terms teachers students balance",
@@ -32,8 +32,8 @@ LAYERS = [
     "recipe stage",
     "models summary pairing",
     "run",
-    "progress",
-    "cli testing",
+    "progress testing",
+    "cli",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 

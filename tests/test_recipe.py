@@ -1,8 +1,11 @@
 """Recipes: strict, round-trip, changed from outside."""
 
+import re
+
 import pytest
 from torch import nn
 
+from limbeck import Settings
 from limbeck.recipe import Places, Recipe, StudentSpec, default_terms, plain_terms
 
 BASE = {"task": {"name": "glue/rte"}, "teacher": {"model": "teacher"}, "student": {"layers": [0, 2]}}
@@ -37,6 +40,46 @@ def test_changes_do_not_touch_the_source():
 def test_what_is_wrong_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         Recipe.parse(BASE, [change])
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        *[("weigth", "weight"), ("teacher_tp", "teacher_tap"), ("mapp", "map"), ("insid", "inside")],
+        ("temperatur", "temperature"),
+    ],
+)
+def test_a_misspelt_key_of_a_term(key, meant):
+    recipe = Recipe.parse(BASE, ["terms={kd: {loss: forward_kl}}", f"terms.kd.{key}=1"])
+    message = f"terms.kd: loss 'forward_kl' has no option '{key}'; did you mean '{meant}'"
+    with pytest.raises(TypeError, match=message):
+        recipe.build_terms(PLACES, regression=False)
+
+
+def test_a_misspelt_key_that_leaves_another_out():
+    with pytest.raises(ValueError, match=r"lacks 'terms.kd.loss'; is 'los' meant for it\?"):
+        Recipe.parse(BASE, ["terms={kd: {los: forward_kl}}"])
+
+
+def test_settings_made_by_hand_are_explained_as_those_of_a_recipe():
+    for wrong, message in (
+        ({"epoch": 3}, "Settings has no key 'epoch'; did you mean 'epochs'?"),
+        ({"optimizer": "adan"}, "optimizer: Input should be 'adamw', 'adam', 'sgd' or 'adafactor' (got 'adan')"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$") as caught:
+            Settings(**wrong)
+        assert type(caught.value) is ValueError
+
+
+def test_parts_that_are_one_text_are_written_out():
+    short = Recipe.parse({"task": "glue/rte", "teacher": "teacher", "student": "layers:0,2"}, ["task.holdout=0.1"])
+    assert short == Recipe.parse(BASE, ["task.holdout=0.1"])
+    changed = Recipe.parse(BASE, ["terms={kd: {loss: forward_kl, transforms: standardize}}"])
+    assert changed.terms["kd"].transforms == ("standardize",)
+    with pytest.raises(
+        ValueError, match="'teacher' in the recipe is 3; write keys of its own, such as model: PATH"
+    ):
+        Recipe.parse({**BASE, "teacher": 3})
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):
@@ -84,6 +127,8 @@ def test_student_forms():
     assert StudentSpec.parse("some/folder").model == "some/folder"
     with pytest.raises(ValueError, match="write layers:1,3,5"):
         StudentSpec.parse("layers:")
+    with pytest.raises(ValueError, match="'layer:0,2' names no model; did you mean 'layers:0,2'"):
+        StudentSpec.parse("layer:0,2")
 
 
 def test_own_models_by_import_path(tmp_path):

@@ -69,6 +69,8 @@ def test_other_output_names_are_for_models_that_are_read():
         ("clasifier#input", "classifier"),
         ("logit", "logits"),
         ("hiden_states.1", "hidden_states"),
+        ("encoder.layer.1", "bert.encoder.layer.1"),  # its start alone is missing
+        ("distilbert.encoder.layer.1", "bert.encoder.layer.1"),
     ],
 )
 def test_a_wrong_tap_lists_the_nearest(text, nearest):

@@ -23,11 +23,12 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from limbeck.tasks import HOLDOUT, TASKS, Rows, TaskOptions, make_task, task_names
+from limbeck.tasks import HOLDOUT, TASKS, Rows, TaskOptions, about_tasks, make_task, task_names
 from limbeck.tasks.base import shorten
 from limbeck.tasks.builtin import docstrings_by_package, fresh_bert
 from limbeck.tasks.glue import GLUE
 from limbeck.tasks.tables import find_split, read_table, read_tables
+from limbeck.tasks.text import TextTask
 from tests import tiny
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data" / "glue"
@@ -400,7 +401,48 @@ def test_an_option_that_a_task_does_not_use_is_refused(name, values):
     ((option, value),) = values.items()
     with pytest.raises(ValueError, match=f"the task {name} takes no '{option}'") as caught:
         make_task(options(name=name, **values))
-    assert repr(value) in str(caught.value)
+    shown = value[0] if isinstance(value, tuple) else value
+    assert f"(it is {shown!r})" in str(caught.value)
+
+
+def table_options(tmp_path, table=None, **values):
+    """A table task on data of its own."""
+    (tiny.table(40) if table is None else table).to_csv(tmp_path / "data.csv", index=False)
+    return {"name": "table", "data": str(tmp_path / "data.csv"), "text": "text", "label": "label", **values}
+
+
+@pytest.mark.parametrize("text", [("a", "b", "c"), ("a", "a")])
+def test_one_text_or_a_pair(text):
+    with pytest.raises(ValueError, match=f"^text: a model reads one text .* two different ones, and {len(text)} "):
+        options(name="table", text=text)
+    with pytest.raises(ValueError, match="one text or a pair of texts, and an example has 3"):
+        TextTask("own", ("a", "b"), ("accuracy",), {}).encode(Rows([("x", "y", "z")], [0]), None)
+
+
+def test_one_column_may_be_written_as_one_text(tmp_path):
+    assert options(**table_options(tmp_path)).text == ("text",)
+    assert options(name="image", augmentation="flip").augmentation == ("flip",)
+
+
+def test_a_table_without_rows_is_said_to_be_empty(tmp_path):
+    with pytest.raises(ValueError, match=r"data.csv is empty: it holds no rows"):
+        make_task(options(**table_options(tmp_path, tiny.table(40).head(0))))
+
+
+def test_evaluation_labels_that_training_never_has(tmp_path):
+    tiny.table(40).to_csv(tmp_path / "train.csv", index=False)
+    table = tiny.table(10)
+    table.loc[:2, "label"] = "Good"
+    table.to_csv(tmp_path / "test.csv", index=False)
+    with pytest.raises(
+        ValueError, match=r"label 'Good', which the train file never has \(rows .*: 3 of 10\); correct"
+    ):
+        make_task(options(name="table", data=str(tmp_path), text="text", label="label"))
+
+
+def test_every_task_says_what_it_is():
+    assert list(about_tasks()) == task_names()
+    assert all(about_tasks().values())
 
 
 def test_an_option_at_its_default_is_no_option():

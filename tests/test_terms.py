@@ -113,6 +113,13 @@ def test_a_term_can_be_copied_and_sent_to_another_process(again):
         ({"loss": demanding}, TypeError, "loss 'demanding' needs the option 'margin'"),
         ({"loss": "mse", "weight": math.nan}, ValueError, "must be a finite number or a schedule, got nan"),
         ({"loss": "mse", "weight": math.inf}, ValueError, "must be a finite number or a schedule, got inf"),
+        ({"loss": "mse", "weight": "a"}, ValueError, "weight of term 'mse' must be a finite number .* got 'a'"),
+        ({"loss": "mse", "weight": -0.5, "name": "kd"}, ValueError, "weight of term 'kd' is -0.5, which pushes"),
+        ({"loss": "mse", "weight": lambda at: 0.5 - at}, ValueError, "is -0.5 at progress 1, which pushes"),
+        ({"loss": "mse", "weight": {"schedule": "cosine", "base": -1}}, ValueError, "is -1 at progress 0"),
+        ({"loss": "mse", "wieght": 2}, TypeError, "loss 'mse' has no option 'wieght'; did you mean 'weight'"),
+        ({"loss": "mse", "teacher_tp": "x"}, TypeError, "did you mean 'teacher_tap'"),
+        ({"loss": "forward_kl", "temperature": "hot"}, ValueError, "unknown temperature 'hot'; known: cwsm, flsw"),
         ({"loss": "mse", "project": "liner"}, ValueError, "unknown projection 'liner'; did you mean 'linear'"),
         ({"loss": "mse", "project": {"kind": "mlp", "width": 3}}, TypeError, "'mlp' has no option 'width'"),
     ],
@@ -162,7 +169,7 @@ def test_explicit_pairs_stay_as_they_are():
 @pytest.mark.parametrize(
     ("layers", "student", "teacher", "message"),
     [
-        ("unifrm", 3, 6, "unknown layer map 'unifrm'; did you mean 'uniform'.*or a list of pairs"),
+        ("unifrm", 3, 6, "'unifrm' is neither a list of pairs nor a known layer map; did you mean 'uniform'"),
         ("uniform", 7, 6, "at least as deep as the student, got 7 layers for 6; write the pairs out"),
         ([(3, 0)], 3, 6, "the student has no layer 3; it has 3, counted from 0"),
         ([(0, 6)], 3, 6, "the teacher has no layer 6; it has 6, counted from 0"),

@@ -1,6 +1,7 @@
 """Tasks: data with labels, models with the right head, metrics. A new kind is one file that registers itself."""
 
 import importlib
+import inspect
 
 from limbeck.registry import nearest
 from limbeck.tasks.base import HOLDOUT, TASKS, TRAIN, VALIDATION, Loaded, Rows, Task, TaskOptions, is_regression
@@ -14,6 +15,7 @@ __all__ = [
     "Rows",
     "Task",
     "TaskOptions",
+    "about_tasks",
     "is_regression",
     "make_task",
     "task_names",
@@ -38,6 +40,24 @@ def task_names() -> list[str]:
     from limbeck.tasks.glue import GLUE
 
     return sorted({*(name for name in TASKS if name != "glue"), *(f"glue/{name}" for name in GLUE)})
+
+
+def about_tasks() -> dict[str, str]:
+    """What each task is, in one line, by the names that `make_task` knows.
+
+    Example:
+        >>> about_tasks()["glue/rte"]
+        'sentence1 and sentence2: entailment, not_entailment (accuracy)'
+    """
+    names = task_names()
+    from limbeck.tasks.glue import GLUE
+
+    glue = {f"glue/{name}": about.summary() for name, about in GLUE.items()}
+    return {name: glue.get(name) or _first_line(TASKS.get(name)) for name in names}
+
+
+def _first_line(make: object) -> str:
+    return (inspect.getdoc(make) or "").partition("\n")[0]
 
 
 def make_task(options: TaskOptions) -> Task:

@@ -9,32 +9,34 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, field_validator
 from torch import nn
 
 from limbeck.registry import Registry
+from limbeck.strict import Strict, Texts
 from limbeck.train import Examples
 
 TRAIN = "train"
 VALIDATION = "validation"
 HOLDOUT = "holdout"
 
+MOST_TEXTS = 2
+"""Texts that one example may consist of; tokenizers join a pair, and no more."""
+
 TAKEN_BY_ALL = ("name", "metric", "train_examples", "eval_examples", "holdout")
 """Options that `shorten` and `with_first` see to, whatever the task."""
 
 
-class TaskOptions(BaseModel):
+class TaskOptions(Strict):
     """Which task, on which data; the ``task:`` part of a recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(description="glue/rte, table, image, docstrings, digits, ...")
     data: str | None = Field(None, description="a folder or file; by default the hub, or what the task carries")
-    text: tuple[str, ...] = Field((), description="text columns of a table, one or two")
+    text: Texts = Field((), description="text columns of a table, one or two")
     label: str | None = Field(None, description="label column of a table")
     image: str | None = Field(None, description="image column of a table, by default the only one")
     size: int | None = Field(None, gt=0, description="height and width of images, by default the model's own")
-    augmentation: tuple[str, ...] = Field(
+    augmentation: Texts = Field(
         ("crop", "flip"), description="what training does to images: crop or resized_crop, flip; or nothing"
     )
     metric: str | None = Field(None, description="main metric, if not the task's own")
@@ -42,6 +44,13 @@ class TaskOptions(BaseModel):
     train_examples: int | None = Field(None, gt=0, description="use a random part of the training data")
     eval_examples: int | None = Field(None, gt=0, description="use a random part of the evaluation data")
     holdout: float = Field(0.0, ge=0, lt=1, description="share of the training data kept to choose models by")
+
+    @field_validator("text")
+    @classmethod
+    def _one_text_or_a_pair(cls, text: tuple[str, ...]) -> tuple[str, ...]:
+        if len(text) > MOST_TEXTS or len(set(text)) < len(text):
+            raise ValueError(f"a model reads one text column or two different ones, and {len(text)} are named")
+        return text
 
 
 def content(example: Any) -> bytes:
@@ -216,6 +225,8 @@ def check_taken(options: TaskOptions, takes: Collection[str] = ()) -> None:
     for name, field in TaskOptions.model_fields.items():
         value = getattr(options, name)
         if name not in (*TAKEN_BY_ALL, *takes) and value != field.default:
+            shown = ", ".join(map(repr, value)) if isinstance(value, tuple) else repr(value)
             raise ValueError(
-                f"the task {options.name} takes no {name!r} (it is {value!r}); leave it out or take another task"
+                f"the task {options.name} takes no {name!r} (it is {shown or 'empty'}); leave it out or take "
+                "another task"
             )

@@ -38,7 +38,7 @@ SPECIAL = {
 
 @TASKS.register_as("docstrings")
 def docstrings(options: TaskOptions) -> TextTask:
-    """Make the task from the source of the running Python's standard library.
+    """To which package of Python's standard library a docstring belongs; it carries its data.
 
     Raises:
         ValueError: this Python came without the source of its standard library, or an option that this task

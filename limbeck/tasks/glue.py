@@ -30,6 +30,10 @@ class Description:
     labels: tuple[str, ...]
     metrics: tuple[str, ...]
 
+    def summary(self) -> str:
+        """The task in one line."""
+        return f"{' and '.join(self.texts)}: {', '.join(self.labels) or 'a score'} ({self.metrics[0]})"
+
 
 ENTAILMENT = ("entailment", "not_entailment")
 SCORES = (0.0, 5.0)

@@ -26,7 +26,7 @@ MOST_CLASSES = 0.5
 
 @TASKS.register_as("table")
 def table(options: TaskOptions) -> TextTask:
-    """Make a task from a file, or a folder with one file for each split.
+    """Text with a label each, from a file or a folder with one file for each split.
 
     A single file is split: one fifth of the distinct inputs becomes the validation split. A column of floats is a
     number to predict; anything else is a class.
@@ -44,6 +44,7 @@ def table(options: TaskOptions) -> TextTask:
         splits = {name: Rows(texts, [float(str(v)) for v in found]) for name, (texts, found) in raw.items()}
     else:
         names = class_names(labels)
+        _check_known(raw.get(VALIDATION, raw[TRAIN])[1], raw[TRAIN][1], Path(options.data))
         number = {name: i for i, name in enumerate(names)}
         splits = {name: Rows(texts, [number[str(v)] for v in found]) for name, (texts, found) in raw.items()}
     if VALIDATION not in splits:
@@ -61,6 +62,17 @@ def _read(path: Path, options: TaskOptions) -> dict[str, tuple[list[tuple[str, .
         assert options.label is not None
         split[name] = (text_rows(frame, options.text, source), column(frame, options.label, source))
     return split
+
+
+def _check_known(labels: Sequence[object], trained: Sequence[object], path: Path) -> None:
+    """Refuse evaluation examples of a class that no training example has: none would be right."""
+    known = {str(label) for label in trained}
+    wrong = [str(label) for label in labels if str(label) not in known]
+    if wrong:
+        raise ValueError(
+            f"the evaluation file in {path} has the label {wrong[0]!r}, which the train file never has (rows with "
+            f"such labels: {len(wrong)} of {len(labels)}); correct them, or drop them"
+        )
 
 
 def _files(path: Path) -> dict[str, list[Path]]:

@@ -93,10 +93,17 @@ def _check_shards(shards: Sequence[Path]) -> None:
 
 
 def read_tables(paths: Sequence[Path]) -> pd.DataFrame:
-    """Read the files of a split, one after the other, as one table; see `read_table`."""
+    """Read the files of a split, one after the other, as one table; see `read_table`.
+
+    Raises:
+        ValueError: as `read_table`, or all of them hold no row.
+    """
     import pandas as pd
 
-    return pd.concat([read_table(path) for path in paths], ignore_index=True)
+    table = pd.concat([read_table(path) for path in paths], ignore_index=True)
+    if not len(table):
+        raise ValueError(f"the file {paths[0]} is empty: it holds no rows; check the data")
+    return table
 
 
 def column(table: pd.DataFrame, name: str, source: str) -> list[object]:

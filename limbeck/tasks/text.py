@@ -15,7 +15,7 @@ from torch import Tensor
 
 from limbeck.metrics import check_metrics
 from limbeck.pretrained import load_tokenizer, load_with_head
-from limbeck.tasks.base import Loaded, Rows
+from limbeck.tasks.base import MOST_TEXTS, Loaded, Rows
 from limbeck.train import Examples
 from limbeck.types import EXAMPLE_ID, LABELS
 
@@ -55,6 +55,8 @@ class TextTask:
     def encode(self, rows: Rows, processor: Any) -> Examples:
         """Tokenize every example once; batches are padded to their own longest."""
         columns = list(zip(*rows.inputs, strict=True))
+        if len(columns) > MOST_TEXTS:
+            raise ValueError(f"a model reads one text or a pair of texts, and an example has {len(columns)}")
         encoded = processor(
             *[list(c) for c in columns], truncation=True, max_length=self.max_length, padding=False
         )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import nn
+
+from limbeck.registry import refuse_unknown
+from limbeck.strict import Strict
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -19,8 +23,11 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 FUSED = ("adamw", "adam", "sgd")
 
+SETTINGS_OF_THEIR_OWN = {"lr": "learning_rate", "weight_decay": "weight_decay beside optimizer_options"}
+"""Options of optimizers that are settings of a training."""
 
-class Settings(BaseModel):
+
+class Settings(Strict):
     """How to train.
 
     ``batch_size`` is what the mathematics sees: the examples of one update, over all ranks. ``accumulation`` only
@@ -35,8 +42,6 @@ class Settings(BaseModel):
         >>> Settings(epochs=4, steps=7).total_steps(batches_per_epoch=10)
         7
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     epochs: float = Field(3, gt=0, description="passes over the training data")
     steps: int | None = Field(None, gt=0, description="number of updates, instead of epochs")
@@ -89,14 +94,28 @@ class Settings(BaseModel):
         """Make the optimizer, with groups for what trains with the student and for what weight decay leaves alone.
 
         Raises:
-            TypeError: an option that the optimizer does not have.
+            TypeError: an option that the optimizer does not have, or a value of a wrong kind.
+            ValueError: a value that the optimizer refuses.
         """
+        self._check_optimizer_options()
         groups = [
             *self._groups(student.parameters(), self.learning_rate),
             *self._groups(objective.parameters(), self.projection_learning_rate or self.learning_rate),
         ]
         options: dict[str, Any] = {"fused": True} if self.optimizer in FUSED else {}
-        return OPTIMIZERS[self.optimizer](groups, **options | self.optimizer_options)
+        try:
+            return OPTIMIZERS[self.optimizer](groups, **options | self.optimizer_options)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"optimizer_options of {self.optimizer!r}: {error}") from None
+
+    def _check_optimizer_options(self) -> None:
+        """Options that the groups of parameters would overrule are refused, too."""
+        what = f"optimizer {self.optimizer!r}"
+        for name in self.optimizer_options:
+            if name in SETTINGS_OF_THEIR_OWN:
+                raise TypeError(f"{name!r} is no option of {what}; set {SETTINGS_OF_THEIR_OWN[name]}")
+        known = set(inspect.signature(OPTIMIZERS[self.optimizer]).parameters) - {"params", *SETTINGS_OF_THEIR_OWN}
+        refuse_unknown(self.optimizer_options, known, what)
 
     def _groups(self, parameters: Iterable[nn.Parameter], rate: float) -> list[dict[str, Any]]:
         trained = [p for p in parameters if p.requires_grad]
