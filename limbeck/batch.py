@@ -41,9 +41,19 @@ def as_batch(batch: Any) -> Batch:
 
 
 def from_call(inputs: Sequence[Any], named: Batch) -> Batch:
-    """Name the arguments of a call ``model(*inputs, **named)``; the last input is the labels if none are named."""
+    """Name the arguments of a call ``model(*inputs, **named)``; the last input is the labels if none are named.
+
+    A call with nothing but a mapping or a tuple is one with a whole batch.
+
+    Example:
+        >>> x, y = torch.zeros(2, 3), torch.zeros(2)
+        >>> sorted(from_call([x, y], {})), sorted(from_call([(x, y)], {})), sorted(from_call([{"pixels": x}], {}))
+        (['inputs', 'labels'], ['inputs', 'labels'], ['pixels'])
+    """
     if not inputs:
         return named
+    if len(inputs) == 1 and not named:
+        return as_batch(inputs[0])
     if LABELS in named or len(inputs) == 1:
         return {INPUTS: tuple(inputs), **named}
     return {**as_batch(tuple(inputs)), **named}

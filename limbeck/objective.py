@@ -61,6 +61,7 @@ class Objective(nn.Module):
 
     Raises:
         ValueError: no term, two of one name, or a part that the teacher does not have.
+        TypeError: terms that are no list of `Term`.
     """
 
     def __init__(self, terms: Sequence[Term], balance: str | Mapping[str, Any], borrow: Borrow) -> None:
@@ -288,9 +289,14 @@ def in_term(term: Term, side: str = "") -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{where(term)}: {side}{error}") from None
+    except TypeError as error:  # often from within the loss, hence with the place where it arose
+        raise TypeError(f"{where(term)}: {side}{error}") from error
 
 
 def _checked_terms(terms: Sequence[Term]) -> tuple[Term, ...]:
+    given: Any = terms  # a user may pass anything
+    if not isinstance(given, (list, tuple)) or not all(isinstance(t, Term) for t in given):
+        raise TypeError(f"the terms of a Distiller are a list of Term, got {given!r}; write [Term(...), ...]")
     if not terms:
         raise ValueError("a Distiller needs a term; add Term('logits', loss='forward_kl')")
     names = [t.name for t in terms]

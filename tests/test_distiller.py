@@ -1,6 +1,7 @@
 import copy
 import itertools
 import pickle
+from collections import UserDict
 
 import pytest
 import torch
@@ -358,8 +359,12 @@ def test_tuples_and_dicts_are_the_same_batch():
         distiller(pixels, labels).loss,
         distiller(pixels, labels=labels).loss,
         distiller(pixel_values=pixels, labels=labels).loss,
+        distiller((pixels, labels)).loss,
+        distiller([pixels, labels]).loss,  # as a DataLoader of pairs gives them
+        distiller({"pixel_values": pixels, "labels": labels}).loss,
+        distiller(UserDict(pixel_values=pixels, labels=labels)).loss,  # as tokenizers give them
     ]
-    assert losses[0] == losses[1] == losses[2]
+    assert len({loss.item() for loss in losses}) == 1
 
 
 def test_read_names_the_outputs_of_both_models():
@@ -591,6 +596,19 @@ def test_a_distiller_can_be_copied():
 def test_a_wrong_distiller_is_none(terms, teacher, message):
     with pytest.raises(ValueError, match=message):
         Distiller(perceptron(seed=1), teacher, terms)
+
+
+@pytest.mark.parametrize("terms", [KD, {"kd": KD}, [KD, {"tap": "logits", "loss": "mse"}], ["forward_kl"]])
+def test_terms_are_a_list_of_terms(terms):
+    with pytest.raises(TypeError, match=r"^the terms of a Distiller are a list of Term, got .*; write \[Term"):
+        Distiller(perceptron(seed=1), perceptron(), terms)
+
+
+def test_a_value_that_the_loss_cannot_take_names_the_term():
+    terms = [Term("logits", loss="cosine", dim="hot", name="angle")]
+    with pytest.raises(TypeError, match=r"term 'angle' \(logits -> logits\): ") as caught:
+        Distiller(perceptron(seed=1), perceptron(), terms, sample=points())
+    assert isinstance(caught.value.__cause__, TypeError)  # with the place within the loss
 
 
 @pytest.mark.parametrize("names", [("train",), ("type",), ("a.b", "a/b")])

@@ -422,6 +422,25 @@ def test_wrong_settings_are_refused():
         Settings(optimizer="adamm")
 
 
+@pytest.mark.parametrize("choice", [{"best": True}, {"patience": 1}])
+def test_choosing_needs_evaluations(choice):
+    with pytest.raises(ValueError, match="best and patience choose by evaluations; pass eval_data"):
+        fit(plain(), items(), None, Settings(**choice))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bets": 1}, "optimizer 'adamw' has no option 'bets'; did you mean 'betas'"),
+        ({"lr": 1}, "'lr' is no option of optimizer 'adamw'; set learning_rate"),
+        ({"betas": 1}, "optimizer_options of 'adamw': "),
+    ],
+)
+def test_options_that_the_optimizer_does_not_have(options, message):
+    with pytest.raises(TypeError, match=message):
+        fit(plain(), items(), settings=Settings(optimizer_options=options))
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     fit(plain(), items(), settings=Settings(steps=2), folder=tmp_path)
     other = Distiller(nn.Linear(4, 3), None, [Term("labels", loss="cross_entropy")])

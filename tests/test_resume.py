@@ -65,7 +65,7 @@ def test_an_interruption_at_any_step_changes_nothing(tmp_path):
     assert expected.steps < 150
     assert not same(weights, train(tmp_path / "last", SETTINGS.model_copy(update={"best": False}))[1])
     for step in range(1, expected.steps + 1):
-        with pytest.raises(KeyboardInterrupt, match=f"interrupted at step {step}; the same command goes on"):
+        with pytest.raises(KeyboardInterrupt, match=f"interrupted at step {step}; the next start goes on from"):
             train(tmp_path / f"{step}", callbacks=[InterruptAt(step)])
         result, resumed, its_lines = train(tmp_path / f"{step}")
         assert (result.steps, result.stopped, result.history) == (
@@ -154,9 +154,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
         [sys.executable, str(FULL_DISK), str(tmp_path)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert (
-        f"File too large at step 4; make room and train on. The last good checkpoint is {tmp_path}" in done.stdout
-    )
+    assert f"File too large at step 4 in writing {tmp_path}" in done.stdout
+    assert f"make room, and the next start goes on from {tmp_path / 'step-00000002'}" in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.safetensors", "step-00000002"]
 
 

@@ -81,8 +81,8 @@ def fit(
             last good checkpoint.
         KeyboardInterrupt: Ctrl-C, on every rank, after a checkpoint was written.
         OSError: the disk is full; the last checkpoint stays.
-        ValueError: whatever the preflight finds wrong with models, terms or data, or a folder that holds another
-            training.
+        ValueError: whatever the preflight finds wrong with models, terms or data, a folder that holds another
+            training, or settings that choose by evaluations where there are none.
 
     Example:
         >>> from torch import nn
@@ -92,7 +92,10 @@ def fit(
         >>> fit(distiller, data, data, Settings(epochs=8, learning_rate=0.1)).history[-1]
         (16, 1.0)
     """
-    training = _Training(distiller, settings or Settings(), get_metric(metric), eval_data, folder)
+    settings = settings or Settings()
+    if eval_data is None and (settings.best or settings.patience is not None):
+        raise ValueError("best and patience choose by evaluations; pass eval_data, or leave them out")
+    training = _Training(distiller, settings, get_metric(metric), eval_data, folder)
     return training.run(train_data, callbacks)
 
 
@@ -420,7 +423,7 @@ class _Training:
     def _how_to_go_on(self) -> str:
         if self.state.checkpoint is None:
             return "interrupted; nothing was kept, since no folder was given"
-        return f"interrupted at step {self.state.step}; the same command goes on from {self.state.checkpoint}"
+        return f"interrupted at step {self.state.step}; the next start goes on from {self.state.checkpoint}"
 
 
 def seed_everything(seed: int) -> None:

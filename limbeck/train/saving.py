@@ -179,8 +179,11 @@ class Checkpointer:
         try:
             yield
         except OSError as error:
-            cure = f"{error.strerror} at step {self.state.step}; make room and train on. {self.last_good()}"
-            raise OSError(error.errno, cure, error.filename) from error
+            place = f" in writing {error.filename}" if error.filename else ""
+            kept = self.state.checkpoint
+            start = f"goes on from {kept}" if kept else "begins anew, since no checkpoint was written before"
+            cure = f"{error.strerror} at step {self.state.step}{place}; make room, and the next start {start}"
+            raise OSError(error.errno, cure) from error
 
 
 def _check_belongs(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
