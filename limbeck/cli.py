@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import sys
 import textwrap
@@ -42,12 +43,13 @@ Overwrite = Annotated[bool, typer.Option(help="Delete what is in the folder and 
 Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
 
 DEMOS = ("docstrings", "digits")
-EXAMPLES = {"task": "name: glue/rte", "teacher": "model: PATH", "student": "layers: [1, 3]"}
 LISTS = (
     *("losses", "transforms", "temperatures", "schedules", "balances", "projections"),
     *("tasks", "metrics"),
 )
 WIDTH, INDENT = 100, 24
+INTERRUPTED = 130
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COLORS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 HINTS = {
     "is zero at equality": "--no-identity",
@@ -59,8 +61,16 @@ HINTS = {
 
 
 @app.callback(help=ABOUT)
-def show_help(context: typer.Context) -> None:
-    """Show the help where no command is named."""
+def show_help(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    """Show the version or, where no command is named, the help."""
+    if version:
+        from limbeck import __version__
+
+        typer.echo(f"limbeck {__version__}")
+        raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -107,7 +117,7 @@ def distill(
     parts: dict[str, Any] = {
         "task": {key: value for key, value in chosen.items() if value},
         "teacher": {} if teacher is None else {"model": teacher},
-        "student": {} if student is None else _student(student),
+        "student": student or {},
     }
     if recipe is None and (task is None or teacher is None or student is None):
         raise ValueError("name a recipe, or --task, --teacher and --student; see: limbeck distill --help")
@@ -193,9 +203,12 @@ def main() -> None:
     """Run a command; turn an error into one clear line and an exit status."""
     debug = "--debug" in sys.argv
     try:
-        sys.exit(app(standalone_mode=False))
+        status = app(standalone_mode=False)
+        if status == INTERRUPTED:  # where nothing of this package was at work: typer says it so
+            _fail("interrupted; nothing was begun", INTERRUPTED)
+        sys.exit(status)
     except Interrupted as stop:
-        _fail(str(stop) or "interrupted; the same command goes on from where it stopped", 130)
+        _fail(str(stop), INTERRUPTED)
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -209,9 +222,9 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, (ValueError, TypeError, ArithmeticError)):
         return " ".join(str(error).split())
     if isinstance(error, OSError):
-        return (
-            f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; nothing finished is lost"
-        )
+        place = f": {error.filename}" if error.filename else ""
+        cure = "; make room, and start again" if error.errno in DISK_IS_FULL and place else ""
+        return f"{error.strerror or error}{place}{cure}; nothing finished is lost"
     return f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows where"
 
 
@@ -226,12 +239,6 @@ def _escaped(text: str) -> str:
     return escape(text)
 
 
-def _student(text: str) -> dict[str, Any]:
-    from limbeck.recipe import StudentSpec
-
-    return StudentSpec.parse(text).model_dump(exclude_none=True, exclude_defaults=True)
-
-
 def _recipe(
     path: Path | None,
     changes: list[str] | None,
@@ -239,15 +246,12 @@ def _recipe(
     parts: dict[str, Any] | None = None,
 ) -> Recipe:
     """A recipe from a file, then the command's own options, then --set."""
-    from limbeck.recipe import Recipe, read_yaml
+    from limbeck.recipe import Recipe, read_yaml, spelled_out
 
-    data = read_yaml(path) if path is not None else {}
+    data = spelled_out(read_yaml(path)) if path is not None else {}
     for key, part in (parts or {}).items():
-        given = data.get(key) or {}
-        if not isinstance(given, dict):
-            raise ValueError(f"{key!r} in the recipe is {given!r}; write keys of its own, such as {EXAMPLES[key]}")
         replaces = key == "student" and part  # layers or a model: one takes the other's place
-        data[key] = part if replaces else {**given, **part}
+        data[key] = part if replaces else {**(data.get(key) or {}), **part}
     return Recipe.parse(data, [*([f"seeds={seeds}"] if seeds else []), *(changes or [])])
 
 
@@ -264,9 +268,16 @@ def _run(recipe: Recipe, out: Path | None, overwrite: bool, retrain: bool) -> No
                 recipe, folder, overwrite=overwrite, retrain=retrain, observer=observer, command=command
             )
     except KeyboardInterrupt as stop:
-        raise Interrupted(str(stop)) from None
+        raise Interrupted(_how_to_go_on(str(stop), overwrite)) from None
     print_report(found, console)
     console.print(f"\nReport: {folder / 'report.html'}   Student: {folder / 'student'}", soft_wrap=True)
+
+
+def _how_to_go_on(said: str, overwrite: bool) -> str:
+    """What to type after an interruption, since a command that overwrites would begin anew."""
+    words = [word for word in sys.argv[1:] if word != "--overwrite"]
+    again = f"type {shlex.join(['limbeck', *words])}" if overwrite else "the same command goes on"
+    return f"{said or 'interrupted; what was finished is kept'}; {again}"
 
 
 def _hint(verdict: Verdict) -> str:
@@ -297,9 +308,9 @@ def _wrapped(lines: list[str]) -> list[str]:
 def _entries(what: str) -> list[tuple[str, list[str]]]:
     """What has a name, and the lines that say what it is: of a function its first line, options and paper."""
     if what == "tasks":
-        from limbeck.tasks import task_names
+        from limbeck.tasks import about_tasks
 
-        return [(name, []) for name in task_names()]
+        return [(name, [about]) for name, about in about_tasks().items()]
     if what == "metrics":
         from limbeck.metrics import METRICS
 

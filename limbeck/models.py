@@ -7,7 +7,7 @@ import inspect
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from limbeck.pretrained import quiet_transformers
+from limbeck.pretrained import UNREADABLE, first_line, most_tokens, quiet_transformers
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.registry import check_options, import_object
 from limbeck.students.depth import take_layers
@@ -23,6 +23,7 @@ from limbeck.tasks import Loaded, Task
 from limbeck.tasks.networks import named_network
 from limbeck.tasks.pictures import PictureTask
 from limbeck.tasks.pixels import Pixels
+from limbeck.train import Examples
 from limbeck.train.checkpoint import load_weights, save_weights
 
 STORE = Path("~/.cache/limbeck")
@@ -103,6 +104,26 @@ def _vocabulary(processor: Any) -> dict[str, int]:
     return {} if processor is None else dict(processor.get_vocab())
 
 
+def check_lengths(models: Mapping[str, nn.Module], data: Mapping[str, Examples]) -> None:
+    """Refuse texts that are longer than a model can read.
+
+    Args:
+        models: By role, ``"teacher"`` and ``"student"``.
+        data: The encoded examples by split.
+
+    Raises:
+        ValueError: the message names the length to set.
+    """
+    longest = max((length for examples in data.values() for length in examples.lengths or ()), default=0)
+    for role, model in models.items():
+        most = most_tokens(model)
+        if most is not None and longest > most:
+            raise ValueError(
+                f"the {role} reads at most {most} tokens, and the longest text has {longest}; "
+                f"set task.max_length={most}"
+            )
+
+
 class TeacherStore:
     """Fine-tuned teachers, kept by what made them.
 
@@ -135,11 +156,22 @@ class TeacherStore:
         return (self.folder / MADE_BY).is_file()
 
     def load(self, task: Task) -> Loaded:
-        """Load this teacher; what a function makes is made first and then gets its weights."""
-        if not is_function(self.source.model):
-            return task.load(self.folder)
-        made = load_model(task, self.source.model, self.source.options, seed=0)
-        load_weights(made.model, self.folder / WEIGHTS)
+        """Load this teacher; what a function makes is made first and then gets its weights.
+
+        Raises:
+            ValueError: its folder is damaged.
+        """
+        if is_function(self.source.model):
+            made = load_model(task, self.source.model, self.source.options, seed=0)
+        try:
+            if not is_function(self.source.model):
+                return task.load(self.folder)
+            load_weights(made.model, self.folder / WEIGHTS)
+        except UNREADABLE as error:
+            raise ValueError(
+                f"the fine-tuned teacher in {self.folder} is damaged ({first_line(error)}); pass --retrain to "
+                "make it anew, or delete that folder"
+            ) from None
         return made
 
     def keep(self, model: nn.Module, processor: Any) -> None:

@@ -16,6 +16,10 @@ GENERIC = "LABEL_"
 """How transformers calls the classes of a head whose labels nobody named."""
 
 POOLER = "pooler"
+
+POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
+"""What transformers calls tables with a row for each position: beyond their end a model cannot read."""
+
 UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
 """What transformers raises at a folder that holds no model, half a model, or one that needs other software."""
 
@@ -29,7 +33,7 @@ def load_pretrained(source: str | Path) -> nn.Module:
     Example:
         >>> load_pretrained("no/such/folder/here")
         Traceback (most recent call last):
-        ValueError: cannot load a model from 'no/such/folder/here': ...
+        ValueError: cannot load a model from 'no/such/folder/here': there is no such folder
     """
     import transformers
 
@@ -112,11 +116,43 @@ def load_config(source: str | Path, what: str = "a model") -> Any:
     """
     from transformers import AutoConfig
 
+    if is_path(source) and not Path(source).is_dir():
+        unread = "; ~ is not read as the home folder here" if str(source).startswith("~") else ""
+        raise ValueError(f"cannot load {what} from {str(source)!r}: there is no such folder{unread}")
     with quiet_transformers():
         try:
             return AutoConfig.from_pretrained(source, trust_remote_code=False)
         except UNREADABLE as error:
             raise ValueError(f"cannot load {what} from {str(source)!r}: {first_line(error)}") from None
+
+
+def is_path(source: str | Path) -> bool:
+    """Whether a model's source can only be a folder: the hub's ids are ``name`` or ``owner/name``.
+
+    Example:
+        >>> is_path("./teacher"), is_path("runs/rte/student"), is_path("google/bert_uncased")
+        (True, True, False)
+    """
+    return isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") > 1
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """How many tokens a model can read at once; None where no table of positions ends.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
+        >>> small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        >>> bert = BertModel(BertConfig(max_position_embeddings=64, **small))
+        >>> roberta = RobertaModel(RobertaConfig(max_position_embeddings=66, pad_token_id=1, **small))
+        >>> most_tokens(bert), most_tokens(roberta), most_tokens(nn.Linear(2, 2))
+        (64, 64, None)
+    """
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in POSITION_TABLES and isinstance(module, nn.Embedding):
+            before = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
+            stated = getattr(getattr(model, "config", None), "max_position_embeddings", module.num_embeddings)
+            return int(min(stated, module.num_embeddings)) - before  # BART's table begins with rows of no use
+    return None
 
 
 def backbone_name(model: nn.Module) -> str:

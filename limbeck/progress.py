@@ -9,8 +9,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from limbeck.report.format import parameters
 from limbeck.run import Observer, Plan
 from limbeck.train import Callback, State
+
+ROUNDING = 1e-6
 
 
 class Bar(Callback):
@@ -40,7 +43,8 @@ class Bar(Callback):
         self._draw(state)
 
     def _draw(self, state: State) -> None:
-        self.progress.update(self.bar, completed=state.step, note=f"loss {state.loss:.3f}{self.note}")
+        loss = f"loss {state.loss:.3f}" if state.terms else ""  # until the first line of the log there is none
+        self.progress.update(self.bar, completed=state.step, note=f"{loss}{self.note}")
 
     def on_end(self, state: State) -> None:
         """Fill the bar, even where training stopped early."""
@@ -79,7 +83,7 @@ class ConsoleObserver(Observer):
         for role, count in plan.parameters.items():
             steps = f", {plan.steps[role]} steps" if role in plan.steps else ""
             state = f", {plan.teacher}" if role == "teacher" else ""
-            self.console.print(f"  {role}: {count / 1e6:.2f} M parameters{state}{steps}")
+            self.console.print(f"  {role}: {parameters(count)} parameters{state}{steps}")
         self.console.print(_term_table(plan))
         self.progress.start()
 
@@ -94,6 +98,11 @@ class ConsoleObserver(Observer):
         return [Bar(self.progress, self.progress.add_task(stage, total=1, note="", visible=False))]
 
 
+def _value(value: float) -> str:
+    """The value of a term; what rounding leaves below zero of a distance that is zero is written as zero."""
+    return "0" if -ROUNDING < value < 0 else f"{value:.4g}"
+
+
 def _term_table(plan: Plan) -> Table:
     """One row for each term; the column of projections only where there are any."""
     projected = any(planned.term.project for planned in plan.terms)
@@ -104,5 +113,5 @@ def _term_table(plan: Plan) -> Table:
         row = [term.name, term.loss_name, term.tap, term.teacher_tap, f"{term.weight:.3g}"]
         if projected:
             row.append(f"{term.project} ({planned.parameters:,})" if term.project else "")
-        table.add_row(*(escape(cell) for cell in row), f"{planned.value:.4g}")
+        table.add_row(*(escape(cell) for cell in row), _value(planned.value))
     return table

@@ -15,12 +15,12 @@ from torch import nn
 from limbeck.atomic import write_text
 from limbeck.distiller import Distiller
 from limbeck.evaluate import count_parameters
-from limbeck.models import TeacherStore, fingerprint, load_model, make_student, save_model
+from limbeck.models import TeacherStore, check_lengths, fingerprint, load_model, make_student, save_model
 from limbeck.objective import PlannedTerm
 from limbeck.pairing import find_places, match_places
 from limbeck.recipe import LayerMatch, Places, Recipe, plain_terms
 from limbeck.report import Report, write_report
-from limbeck.stage import Stage, StageResult
+from limbeck.stage import RESULT, Stage, StageResult
 from limbeck.summary import Summary
 from limbeck.tasks import HOLDOUT, TRAIN, VALIDATION, Loaded, Task, is_regression, make_task
 from limbeck.terms import Term
@@ -201,7 +201,7 @@ class Run:
         """Refuse a folder that holds anything but this run; change nothing.
 
         Raises:
-            ValueError: it holds another run, other files, or a teacher that `retrain` would contradict.
+            ValueError: it holds another run, other files, or what came of a teacher that `retrain` would replace.
         """
         kept = self.folder / MADE_BY
         if not kept.is_file():
@@ -212,12 +212,16 @@ class Run:
             return
         if overwrite:
             return
-        difference = first_difference(json.loads(kept.read_text()), self.made_by)
+        try:
+            difference = first_difference(json.loads(kept.read_text()), self.made_by)
+        except ValueError as error:
+            raise ValueError(f"{kept} is damaged ({error}); choose another --out, or pass --overwrite") from None
         if difference:
             raise ValueError(
                 f"{self.folder} holds another run ({difference}); choose another --out, or pass --overwrite"
             )
-        if retrain and self.stage_folder("teacher").exists():
+        begun, finished = (self.folder / "checkpoints").exists(), (self.folder / REPORT).is_file()
+        if retrain and begun and (finished or not self.stage_folder("teacher").exists()):
             raise ValueError(f"{self.folder} holds a run with its teacher; to make it anew, pass --overwrite too")
 
     def open_folder(self, overwrite: bool) -> None:
@@ -234,18 +238,31 @@ class Run:
         write_text(self.folder / MADE_BY, json.dumps(self.made_by, indent=2))
 
     def load_teacher(self, store: TeacherStore, retrain: bool) -> tuple[Loaded, bool]:
-        """Load the teacher, and say whether it is ready or has to be fine-tuned."""
-        spec = self.recipe.teacher
-        if spec.finetune != "never" and store.holds() and not retrain:
+        """Load the teacher, and say whether it is ready or has to be fine-tuned.
+
+        One whose fine-tuning began in this folder goes on there, whatever the store has.
+
+        Raises:
+            ValueError: nothing to load, or `retrain` for a teacher that needs no training.
+        """
+        spec, own = self.recipe.teacher, self.stage_folder("teacher")
+        begun = own.exists() and not (own / RESULT).is_file()
+        if spec.finetune != "never" and store.holds() and not retrain and not begun:
             return store.load(self.task), True
         loaded = load_model(self.task, spec.model, spec.options, spec.training.seed)
         ready = spec.finetune == "never" or (spec.finetune == "auto" and loaded.head_is_trained)
+        if ready and retrain:
+            raise ValueError(
+                f"the teacher {spec.model} is ready as it is, and --retrain is for one that is fine-tuned; leave "
+                "it out, or set teacher.finetune=always"
+            )
         return loaded, ready
 
     def preflight(self, teacher: Loaded, tuned: bool) -> Plan:
         """Check models, taps, shapes, terms and optimizers before anything is trained."""
         recipe = self.recipe
         student = make_student(recipe.student, self.task, teacher, recipe.training.seed)
+        check_lengths({"teacher": teacher.model, "student": student}, self.data)
         distiller = Distiller(student, teacher.model, self.terms(student, teacher.model), balance=recipe.balance)
         terms = distiller.preflight(longest(self.data[TRAIN]))
         recipe.training.build_optimizer(student, distiller.objective)

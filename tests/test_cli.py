@@ -1,7 +1,10 @@
 """The command line as a user meets it: a whole run, bad input, interruptions."""
 
+import io
 import json
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +13,15 @@ import time
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
-from limbeck import cli
+from limbeck import Term, __version__, cli
+from limbeck.objective import PlannedTerm
+from limbeck.progress import ConsoleObserver
 from limbeck.report import Report
+from limbeck.run import Plan
+from limbeck.train import State
 from tests import tiny
 
 FAST = ["--set", "training.epochs=1", "--set", "teacher.training.epochs=1", "--set", "training.batch_size=16"]
@@ -217,8 +225,71 @@ def test_an_option_replaces_the_recipes_student(limbeck, place, tmp_path):
     student = tiny.save_classifier(tmp_path / "small", ["bad", "good"], hidden_size=8)
     result = limbeck("distill", tmp_path / "a" / "recipe.yaml", "--student", student, "--out", tmp_path / "b")
     assert "both models need a list of layers" not in result[1]
-    (tmp_path / "flat.yaml").write_text("task: glue/rte")
-    failed(limbeck("distill", tmp_path / "flat.yaml"), "'task' in the recipe is 'glue/rte'", "name: glue/rte")
+    (tmp_path / "flat.yaml").write_text("task: 5")
+    failed(limbeck("distill", tmp_path / "flat.yaml"), "'task' in the recipe is 5", "name: glue/rte")
+
+
+def test_version(limbeck):
+    assert limbeck("--version") == (0, f"limbeck {__version__}\n")
+
+
+def test_the_plan_is_written_for_readers():
+    """Small models in thousands of parameters; no negative distance; no loss before there is one."""
+    term = Term("logits", loss="forward_kl")
+    planned = PlannedTerm(term, (2, 2), (2, 2), None, -8.9e-8, 0)
+    plan = Plan("own", {"train": 2}, [planned], {"teacher": 9_100, "student": 640}, {"student": 3}, "ready")
+    printed = io.StringIO()
+    with ConsoleObserver(Console(file=printed, width=120)) as observer:
+        observer.on_plan(plan)
+        (bar,) = observer.callbacks("student-0")
+        bar.on_step(State(None, 3, step=1))
+        assert observer.progress.tasks[0].fields["note"] == ""
+        bar.on_step(State(None, 3, step=2, loss=0.25, terms={"forward_kl": 0.25}))
+        assert observer.progress.tasks[0].fields["note"] == "loss 0.250"
+    shown = printed.getvalue()
+    assert "9.1 k parameters" in shown
+    assert "640 parameters" in shown
+    assert "e-08" not in shown
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_interruption_says_what_to_type(limbeck, place, tmp_path, monkeypatch, overwrite):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt("interrupted at step 3; the next start goes on from here")
+
+    monkeypatch.setattr("limbeck.run.distill", interrupted)
+    command = [*main_job(place, tmp_path / "run"), *(["--overwrite"] if overwrite else [])]
+    status, printed = limbeck(*command)
+    assert status == 130
+    again = shlex.join(["limbeck", *main_job(place, tmp_path / "run")])
+    assert printed.endswith(f"from here; type {again}\n" if overwrite else "from here; the same command goes on\n")
+
+
+def test_an_interruption_before_anything_was_begun(limbeck, place, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    assert limbeck(*main_job(place, tmp_path / "run")) == (130, "error: interrupted; nothing was begun\n")
+
+
+def test_a_teacher_whose_retraining_was_interrupted_goes_on(limbeck, place, tmp_path):
+    """With the same command, and without --retrain: not with the teacher that the store still has."""
+    store = ["--set", f"store={tmp_path / 'store'}"]
+    limbeck(*main_job(place, tmp_path / "first"), *store)
+    stopped = [*main_job(place, tmp_path / "run"), *store]
+    assert limbeck(*stopped, "--retrain")[0] == 0
+    for name in (
+        "report.json",
+        "checkpoints/teacher/result.json",
+    ):  # as if it had been stopped at the teacher's end
+        (tmp_path / "run" / name).unlink()
+    for flags in ([], ["--retrain"]):
+        assert "to be fine-tuned" in limbeck(*stopped, *flags)[1]
+        (tmp_path / "run" / "report.json").unlink()
+        (tmp_path / "run" / "checkpoints/teacher/result.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "teacher")  # as if the teacher had come from the store
+    failed(limbeck(*stopped, "--retrain"), "holds a run with its teacher", "pass --overwrite too")
 
 
 def test_no_command_shows_help(limbeck):
@@ -272,8 +343,10 @@ def test_list(limbeck, what):
         ({"data": "nowhere.csv"}, ["no file nowhere.csv"]),
         ({"student": "layers:0,7"}, ["7"]),
         ({"student": "layers:one"}, ["write layers:1,3,5"]),
-        ({"student": "nowhere/at/all"}, ["cannot load"]),
-        ({"teacher": "nowhere/at/all"}, ["cannot load"]),
+        ({"student": "nowhere/at/all"}, ["cannot load a text model from 'nowhere/at/all'", "no such folder"]),
+        ({"teacher": "./nowhere"}, ["there is no such folder"]),
+        ({"teacher": "~/nowhere"}, ["~ is not read as the home folder"]),
+        ({"student": "layer:0,1"}, ["did you mean 'layers:0,1'"]),
         ({"teacher": "nowhere.at:all"}, ["cannot import"]),
     ],
 )
@@ -299,16 +372,59 @@ def test_bad_options(limbeck, place, tmp_path, changes, fragments):
         ("task.metric=pearson", ["judges numbers", "2 classes", "accuracy"]),
         ("task.metric=acuracy", ["unknown metric 'acuracy'", "'accuracy'"]),
         ("noequals", ["has no value"]),
-        ("terms.kd.map=last", ["map is for tap: layers"]),
+        ("terms.kd.map=last", ["map and inside are for tap: layers"]),
         ("teacher.options={a: 1}", ["options ['a'] are for a package.module:function"]),
         ("student.path=encoder", ["has no 'encoder'", "'bert.encoder.layer'"]),
-        ("training.optimizer_options={foo: 1}", ["foo"]),
+        ("training.optimizer_options={bets: 1}", ["optimizer 'adamw' has no option 'bets'", "'betas'"]),
+        ("terms.kd.weigth=2", ["terms.kd", "no option 'weigth'", "'weight'"]),
+        ("terms.kd.temperature=hot", ["terms.kd", "unknown temperature 'hot'; known: "]),
+        ("terms.kd.weight=-1", ["terms.kd", "is -1, which pushes the student away"]),
+        ("task.text=[text, text, text]", ["task.text", "one text column or two different ones", "3 are named"]),
     ],
 )
 def test_bad_recipe_values(limbeck, place, tmp_path, change, fragments):
     terms = "terms={kd: {loss: forward_kl}}"
     failed(limbeck(*main_job(place, tmp_path / "run"), "--set", terms, "--set", change), *fragments)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_texts_that_are_longer_than_a_model_can_read(limbeck, place, tmp_path):
+    table = tiny.table()
+    table["text"] = 20 * (table["text"] + " ")
+    table.to_csv(tmp_path / "long.csv", index=False)
+    command = main_job(place, tmp_path / "run", data=tmp_path / "long.csv")
+    failed(limbeck(*command), "the teacher reads at most 64 tokens", "has 128; set task.max_length=64")
+    small = tiny.save_classifier(tmp_path / "small", ["bad", "good"], max_position_embeddings=32)
+    command = main_job(place, tmp_path / "run", data=tmp_path / "long.csv", student=small)
+    failed(limbeck(*command, "--set", "task.max_length=64"), "the student reads at most 32 tokens")
+
+
+def test_a_damaged_teacher_in_the_store(limbeck, place, tmp_path):
+    command = [*main_job(place, tmp_path / "a"), "--set", f"store={tmp_path / 'store'}"]
+    assert limbeck(*command)[0] == 0
+    (teacher,) = (tmp_path / "store" / "teachers").iterdir()
+    (teacher / "model.safetensors").write_bytes(b"damaged")
+    command[command.index("--out") + 1] = str(tmp_path / "b")
+    failed(limbeck(*command), f"teacher in {teacher} is damaged", "pass --retrain", "delete that folder")
+    assert "to be fine-tuned" in limbeck(*command, "--retrain")[1]
+    command[command.index("--out") + 1] = str(tmp_path / "c")
+    assert "ready" in limbeck(*command)[1]
+
+
+def test_retrain_is_for_teachers_that_are_fine_tuned(limbeck, place, tmp_path):
+    teacher = tiny.save_classifier(tmp_path / "teacher", ["bad", "good"])
+    command = [*main_job(place, tmp_path / "run", teacher=teacher), "--retrain"]
+    failed(limbeck(*command), "is ready as it is", "set teacher.finetune=always")
+
+
+def test_files_of_a_run_that_are_cut_off(limbeck, place, tmp_path):
+    command = main_job(place, tmp_path / "run")
+    limbeck(*command)
+    for name, advice in (("report.json", "cannot read"), ("made-by.json", "is damaged")):
+        file = tmp_path / "run" / name
+        file.write_text(file.read_text()[:20])
+        failed(limbeck(*command), str(file), advice)
+    assert limbeck(*command, "--overwrite")[0] == 0
 
 
 def test_unreadable_files(limbeck, place, tmp_path):
@@ -334,7 +450,7 @@ def test_missing_values_and_empty_splits(limbeck, place, tmp_path):
     (tmp_path / "data").mkdir()
     tiny.table().to_csv(tmp_path / "data" / "train.csv", index=False)
     tiny.table().head(0).to_csv(tmp_path / "data" / "validation.csv", index=False)
-    failed(limbeck(*main_job(place, tmp_path / "run", data=tmp_path / "data")), "validation split is empty")
+    failed(limbeck(*main_job(place, tmp_path / "run", data=tmp_path / "data")), "validation.csv is empty")
 
 
 @pytest.mark.parametrize("labels", [["bad", "good", "odd"], ["good", "bad"], ["no", "yes"]])

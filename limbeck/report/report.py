@@ -250,12 +250,15 @@ class Report:
         """Read ``report.json`` from a run's folder or by its own path.
 
         Raises:
-            ValueError: there is no report.
+            ValueError: there is no report, or it cannot be read; the message names the file.
         """
         file = path / "report.json" if path.is_dir() else path
         if not file.is_file():
             raise ValueError(f"there is no report at {file}; name the folder of a finished run")
-        return cls.from_json(file.read_text())
+        try:
+            return cls.from_json(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"cannot read {file}: {error}") from None
 
 
 def gain_in_words(gain: Interval, scale: Scale = POINTS) -> str:
