@@ -48,7 +48,7 @@ LISTS = (
     *("tasks", "metrics"),
 )
 WIDTH, INDENT = 100, 24
-INTERRUPTED = 130
+INTERRUPTED, NOTHING_BEGUN = 130, "interrupted; nothing was begun"
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COLORS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 HINTS = {
@@ -205,7 +205,7 @@ def main() -> None:
     try:
         status = app(standalone_mode=False)
         if status == INTERRUPTED:  # where nothing of this package was at work: typer says it so
-            _fail("interrupted; nothing was begun", INTERRUPTED)
+            _fail(NOTHING_BEGUN, INTERRUPTED)
         sys.exit(status)
     except Interrupted as stop:
         _fail(str(stop), INTERRUPTED)
@@ -262,13 +262,15 @@ def _run(recipe: Recipe, out: Path | None, overwrite: bool, retrain: bool) -> No
 
     folder = out or default_folder(recipe)
     command = shlex.join(["limbeck", *sys.argv[1:]])
+    observer = ConsoleObserver(console)
     try:
-        with ConsoleObserver(console) as observer:
+        with observer:
             found = distill(
                 recipe, folder, overwrite=overwrite, retrain=retrain, observer=observer, command=command
             )
     except KeyboardInterrupt as stop:
-        raise Interrupted(_how_to_go_on(str(stop), overwrite)) from None
+        said = _how_to_go_on(str(stop), overwrite) if observer.begun else NOTHING_BEGUN
+        raise Interrupted(said) from None
     print_report(found, console)
     console.print(f"\nReport: {folder / 'report.html'}   Student: {folder / 'student'}", soft_wrap=True)
 
@@ -276,8 +278,9 @@ def _run(recipe: Recipe, out: Path | None, overwrite: bool, retrain: bool) -> No
 def _how_to_go_on(said: str, overwrite: bool) -> str:
     """What to type after an interruption, since a command that overwrites would begin anew."""
     words = [word for word in sys.argv[1:] if word != "--overwrite"]
-    again = f"type {shlex.join(['limbeck', *words])}" if overwrite else "the same command goes on"
-    return f"{said or 'interrupted; what was finished is kept'}; {again}"
+    again = shlex.join(["limbeck", *words])
+    cure = f"to go on from there, type {again}" if overwrite else "the same command goes on from there"
+    return f"{said or 'interrupted; what was finished is kept'}; {cure}"
 
 
 def _hint(verdict: Verdict) -> str:

@@ -56,10 +56,14 @@ class ConsoleObserver(Observer):
 
     Args:
         console: Where to.
+
+    Attributes:
+        begun: Whether the preflight is done and the run's folder is open.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.begun = False
         self.progress = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(bar_width=24),
@@ -78,6 +82,7 @@ class ConsoleObserver(Observer):
 
     def on_plan(self, plan: Plan) -> None:
         """Print what is about to happen."""
+        self.begun = True
         sizes = ", ".join(f"{count} {name}" for name, count in plan.examples.items())
         self.console.print(f"[bold]{escape(plan.task)}[/bold]: {sizes} examples")
         for role, count in plan.parameters.items():

@@ -254,23 +254,28 @@ def test_the_plan_is_written_for_readers():
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_interruption_says_what_to_type(limbeck, place, tmp_path, monkeypatch, overwrite):
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt("interrupted at step 3; the next start goes on from here")
+    def interrupted(*arguments, observer, **options):
+        observer.begun = True
+        raise KeyboardInterrupt("interrupted at step 3; kept here")
 
     monkeypatch.setattr("limbeck.run.distill", interrupted)
     command = [*main_job(place, tmp_path / "run"), *(["--overwrite"] if overwrite else [])]
     status, printed = limbeck(*command)
     assert status == 130
     again = shlex.join(["limbeck", *main_job(place, tmp_path / "run")])
-    assert printed.endswith(f"from here; type {again}\n" if overwrite else "from here; the same command goes on\n")
+    cure = f"to go on from there, type {again}" if overwrite else "the same command goes on from there"
+    assert printed.endswith(f"error: interrupted at step 3; kept here; {cure}\n")
 
 
 def test_an_interruption_before_anything_was_begun(limbeck, place, tmp_path, monkeypatch):
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_run", interrupted)
-    assert limbeck(*main_job(place, tmp_path / "run")) == (130, "error: interrupted; nothing was begun\n")
+    for place_of_work in ("limbeck.cli._run", "limbeck.run.distill"):  # --overwrite has deleted nothing yet
+        monkeypatch.setattr(place_of_work, interrupted)
+        status, printed = limbeck(*main_job(place, tmp_path / "run"), "--overwrite")
+        assert (status, printed.strip()) == (130, "error: interrupted; nothing was begun")
+        monkeypatch.undo()
 
 
 def test_a_teacher_whose_retraining_was_interrupted_goes_on(limbeck, place, tmp_path):

@@ -423,7 +423,7 @@ class _Training:
     def _how_to_go_on(self) -> str:
         if self.state.checkpoint is None:
             return "interrupted; nothing was kept, since no folder was given"
-        return f"interrupted at step {self.state.step}; the next start goes on from {self.state.checkpoint}"
+        return f"interrupted at step {self.state.step}; what was trained is kept in {self.state.checkpoint}"
 
 
 def seed_everything(seed: int) -> None:
