@@ -85,7 +85,7 @@ def ab(student: Tensor, teacher: Tensor, *, margin: float = 1.0) -> Tensor:
         raise ValueError(f"the margin must not be negative, got {margin}")
     student, teacher = paired_features(student, teacher)
     short = torch.where(teacher > 0, margin - student, margin + student).relu()
-    return total(keep_nan(short.square(), teacher))
+    return keep_nan(total(short.square()), total(teacher.detach()))
 
 
 @loss(borrows=("margin",))

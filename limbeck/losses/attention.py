@@ -15,6 +15,7 @@ from torch import Tensor
 
 from limbeck.losses.base import full_precision, loss
 from limbeck.losses.features import unit_vectors
+from limbeck.losses.labels import finite
 from limbeck.losses.logits import expectation, paired_log_probs
 from limbeck.reduce import blank
 
@@ -85,17 +86,19 @@ def relative_entropy(
     if valid is not None:
         student, teacher = (_masked_scores(side, valid, renormalize) for side in (student, teacher))
     log_q, log_p = paired_log_probs(student, teacher, 1.0)
-    surprise = -log_q if cross else log_p - log_q
-    if valid is None:
-        return expectation(log_p, surprise)
-    return expectation(log_p, torch.where(pairs_of(valid), surprise, torch.zeros_like(surprise)))
+    counted = log_p
+    if valid is not None and (cross or not renormalize):
+        counted = log_p.masked_fill(~pairs_of(valid), -math.inf)
+    return -expectation(counted, log_q) if cross else expectation(counted, log_p - log_q)
 
 
 def _masked_scores(scores: Tensor, valid: Tensor, renormalize: bool) -> Tensor:
     """Minus infinity at masked keys, and nothing but zeros in the rows of masked queries."""
-    if renormalize:
-        scores = torch.where(valid[:, None, None, :], scores, torch.full_like(scores, -math.inf))
-    return torch.where(valid[:, None, :, None], scores, torch.zeros_like(scores))
+    queries = valid[:, None, :, None]
+    if not renormalize:
+        return scores if finite(scores) else scores.masked_fill(~queries, 0.0)
+    instead = torch.where(queries, -math.inf, 0.0).to(scores.dtype)
+    return torch.where(pairs_of(valid), scores, instead)
 
 
 def pairs_of(valid: Tensor) -> Tensor:
@@ -158,10 +161,13 @@ def attention_mse(
     if zero_below is not None:
         student, teacher = (torch.where(x <= zero_below, torch.zeros_like(x), x) for x in (student, teacher))
     valid = valid_tokens(mask, student)
-    same = student == teacher  # two minus infinities differ by nothing
+    difference = student - teacher
+    if not finite(difference):
+        same = student == teacher  # two minus infinities differ by nothing
+        difference = difference.masked_fill(same if valid is None else same | ~pairs_of(valid), 0.0)
+    squares = difference.square().mean(dim=1)
     if valid is not None:
-        same = same | ~pairs_of(valid)
-    squares = torch.where(same, torch.zeros_like(student), student - teacher).square().mean(dim=1)
+        squares = squares.masked_fill(~pairs_of(valid).squeeze(1), 0.0)
     if valid is None:
         return squares.mean(dim=-1)
     lengths = valid.sum(dim=-1, keepdim=True).to(squares.dtype)

@@ -131,9 +131,10 @@ def cosine(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
         Sanh et al. 2019, DistilBERT, arXiv:1910.01108.
     """
     student, teacher = paired_features(student, teacher)
-    norms = torch.linalg.vector_norm(student.detach(), dim=dim, keepdim=True)
-    student = torch.where(norms == 0, torch.zeros_like(student), student)  # no gradient where there is no angle
-    return 1.0 - F.cosine_similarity(student, teacher, dim=dim)
+    lengths = torch.linalg.vector_norm(student, dim=dim) * torch.linalg.vector_norm(teacher, dim=dim)
+    there = lengths != 0  # without an angle there is no gradient
+    cosines = (student * teacher).sum(dim=dim) / torch.where(there, lengths, torch.ones_like(lengths))
+    return 1.0 - torch.where(there, cosines, torch.zeros_like(cosines))
 
 
 @loss

@@ -48,6 +48,16 @@ def at_label(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
+def finite(values: Tensor) -> bool:
+    """Whether nothing is infinite or NaN, so that steps against those can be left out.
+
+    An accelerator is not asked, since it would have to wait, and neither is a compiler: there the answer is no.
+    """
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool(values.detach().sum().isfinite())  # where a sum overflows, the steps are merely taken
+
+
 def zero_unless(counts: Tensor, values: Tensor) -> Tensor:
     """Values where they count, 0 elsewhere."""
     return torch.where(counts, values, torch.zeros_like(values))
@@ -89,10 +99,14 @@ def cross_entropy(student: Tensor, labels: Tensor, *, label_smoothing: float = 0
     log_q = torch.log_softmax(full_precision(student), dim=-1)
     values = -at_label(log_q, index)
     if label_smoothing:
-        there = ~student.isneginf()
-        spread = -zero_unless(there, log_q).sum(dim=-1) / there.sum(dim=-1)
+        spread = -log_q.mean(dim=-1) if finite(log_q) else -_mean_of_possible(log_q, student)
         values = (1 - label_smoothing) * values + label_smoothing * spread
     return zero_unless(counts, values)
+
+
+def _mean_of_possible(log_q: Tensor, logits: Tensor) -> Tensor:
+    there = ~logits.isneginf()
+    return zero_unless(there, log_q).sum(dim=-1) / there.sum(dim=-1)
 
 
 @loss
@@ -140,6 +154,10 @@ def binary_cross_entropy(
     if target.device.type == "cpu" and ((target < 0) | (target > 1)).any():
         raise ValueError("binary_cross_entropy takes labels from 0 to 1, and -100 for what is not known")
     target = target * (1 - label_smoothing) + label_smoothing / 2
+    if finite(student):
+        return over_classes(
+            F.binary_cross_entropy_with_logits(student, target, reduction="none"), known, reduction
+        )
     yes, no = F.logsigmoid(student), F.logsigmoid(-student)
     yes, no = zero_unless(target != 0, yes), zero_unless(target != 1, no)  # 0 · log 0 is 0
     return over_classes(-(target * yes + (1 - target) * no), known, reduction)

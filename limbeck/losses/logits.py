@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from limbeck.losses.base import full_precision, loss, same_shape
-from limbeck.losses.labels import at_label, over_classes, zero_unless
+from limbeck.losses.labels import at_label, finite, over_classes, zero_unless
 
 
 def check_temperature(temperature: float | Tensor, logits: Tensor) -> None:
@@ -40,9 +40,14 @@ def check_temperature(temperature: float | Tensor, logits: Tensor) -> None:
 
 def softened(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """Logits (..., C) divided by a number or by one for each position (...,), in float32 or better."""
+    if not isinstance(temperature, Tensor) and temperature == 1:
+        return full_precision(logits)
     if isinstance(temperature, Tensor):
         temperature = torch.where(temperature > 0, full_precision(temperature), torch.nan)
         temperature = temperature.unsqueeze(-1) if temperature.ndim else temperature
+        if temperature.requires_grad:  # which minus infinity would make NaN
+            never = logits.isneginf()
+            return (full_precision(logits).masked_fill(never, 0.0) / temperature).masked_fill(never, -torch.inf)
     return full_precision(logits) / temperature
 
 
@@ -74,7 +79,9 @@ def paired_log_probs(student: Tensor, teacher: Tensor, temperature: float | Tens
 
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     """Sum over the last dimension; what has no weight counts nothing, even if infinite."""
-    return (weights * zero_unless(weights != 0, values)).sum(dim=-1)  # a NaN stays one
+    if not finite(values):
+        values = zero_unless(weights != 0, values)  # a NaN of the weights stays one
+    return (weights * values).sum(dim=-1)
 
 
 def expectation(log_p: Tensor, values: Tensor) -> Tensor:
@@ -382,10 +389,12 @@ def logit_mse(student: Tensor, teacher: Tensor, *, temperature: float | Tensor =
     """
     same_shape(student, teacher)
     check_temperature(temperature, student)
+    difference = full_precision(student) - full_precision(teacher.detach())
+    if finite(difference):
+        values = difference.square().mean(dim=-1)
+        return values / times_squared(torch.ones_like(values), temperature)
     there = ~(student.isneginf() & teacher.isneginf())
-    pair = softened(student, temperature), softened(teacher.detach(), temperature)
-    student, teacher = (zero_unless(there, side) for side in pair)
-    return over_classes((student - teacher).square(), there, "mean")
+    return over_classes(softened(zero_unless(there, difference), temperature).square(), there, "mean")
 
 
 @loss
@@ -414,6 +423,7 @@ def hard_label(student: Tensor, teacher: Tensor) -> Tensor:
     Reference:
         Touvron et al. 2020, DeiT (hard-label distillation), arXiv:2012.12877.
     """
-    log_q, log_p = paired_log_probs(student, teacher)
-    values = -at_label(log_q, log_p.argmax(dim=-1))
-    return torch.where(log_p.isnan().any(dim=-1), torch.nan, values)
+    same_shape(student, teacher)
+    largest, index = teacher.detach().max(dim=-1)  # NaN where there is one
+    values = -at_label(torch.log_softmax(full_precision(student), dim=-1), index)
+    return torch.where(largest.isfinite(), values, torch.nan)

@@ -101,11 +101,16 @@ def attention_transfer(
     if not p >= 1:
         raise ValueError(f"p must be at least 1, got {p}")
     maps = paired_maps(student, teacher, any_channels=True)
-    looks, target = (unit_vectors(x.abs().pow(p).mean(dim=1).flatten(1)) for x in maps)
+    looks, target = (unit_vectors(_energy(x, p).mean(dim=1).flatten(1)) for x in maps)
     if mode == "code":
         return (looks - target).square().mean(dim=1)
     lengths: Tensor = torch.linalg.vector_norm(looks - target, dim=1)
     return lengths
+
+
+def _energy(maps: Tensor, p: float) -> Tensor:
+    """``|f|^p``; an even power needs no absolute value."""
+    return maps.square() if p == 2 else maps.abs().pow(p)
 
 
 @loss

@@ -1,6 +1,7 @@
 """Collected by ``make oracles`` alone; prints and keeps who agrees with what."""
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -42,8 +43,13 @@ def pytest_terminal_summary(terminalreporter, exitstatus):
     KEPT.write_text(json.dumps(kept(agreeing, deviations), indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def above(difference):
+    """The next power of ten, 1e-12 at least, so that another machine's rounding does not show."""
+    return 10.0 ** max(-12, math.ceil(math.log10(max(difference, 1e-300))))
+
+
 def kept(agreeing, deviations):
-    """What agreement.json holds; differences are rounded, so that another machine's rounding does not show."""
+    """What agreement.json holds."""
     return {
         "versions": {name: version_of(name) for name in sorted({r["oracle"] for r in RESULTS})},
         "losses": {
@@ -51,7 +57,7 @@ def kept(agreeing, deviations):
                 {
                     "oracle": f"{name} {version_of(name)}",
                     "cases": len(found),
-                    "largest_relative_difference": float(f"{max(found):.0e}"),
+                    "relative_difference_below": above(max(found)),
                     "agrees": True,
                 }
                 for name, found in sorted(oracles.items())

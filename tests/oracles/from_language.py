@@ -23,7 +23,8 @@ def with_mask(name):
 
 
 def ours_with_mask(loss, **options):
-    return lambda s, t: ours(loss, mask=mask_for(s), **options)(s, t)
+    mine = ours(loss, **options)
+    return lambda s, t: mine(s, t, mask=mask_for(s))
 
 
 @pair("soft_cross_entropy", BREWER, "tokens")
@@ -138,8 +139,9 @@ def fsp_loss_with_mask():
     def valid(stacked):
         return mask_for(stacked[0])
 
+    mine = ours("fsp")
     return (
-        lambda s, t: ours("fsp", mask=valid(s))(s.unbind(0), t.unbind(0)),
+        lambda s, t: mine(s.unbind(0), t.unbind(0), mask=valid(s)),
         lambda s, t: brewed("fsp_loss")(s.unbind(0), t.unbind(0), valid(s)),
     )
 
@@ -156,8 +158,9 @@ def mmd_loss_with_mask():
     def valid(stacked):
         return mask_for(stacked[0])
 
+    mine = ours("mmd")
     return (
-        lambda s, t: ours("mmd", mask=valid(s))(s.unbind(0), t.unbind(0)),
+        lambda s, t: mine(s.unbind(0), t.unbind(0), mask=valid(s)),
         lambda s, t: brewed("mmd_loss")(s.unbind(0), t.unbind(0), valid(s)),
     )
 

@@ -31,8 +31,9 @@ def minifinetuning():
     import modelopt.torch.distill as mtd
 
     criterion = mtd.MFTLoss(temperature=2.0, threshold=0.2)
+    mine = ours("mft", temperature=2.0)
     return (
-        lambda s, t: ours("mft", labels=labels_for(s), temperature=2.0)(s, t),
+        lambda s, t: mine(s, t, labels=labels_for(s)),
         lambda s, t: criterion(s, t, labels_for(s)),
     )
 
@@ -224,8 +225,9 @@ def city_block():
 
 @pair("cross_entropy", TORCH, "logits")
 def cross_entropy():
+    mine = ours("cross_entropy", label_smoothing=0.1)
     return (
-        lambda s, t: ours("cross_entropy", label_smoothing=0.1)(s, labels_for(s)),
+        lambda s, t: mine(s, labels_for(s)),
         lambda s, t: F.cross_entropy(s, labels_for(s), label_smoothing=0.1),
     )
 
@@ -235,8 +237,9 @@ def binary_cross_entropy():
     def wanted(logits):
         return (torch.arange(logits.numel()).view(logits.shape) % 3 == 0).to(logits.dtype)
 
+    mine = ours("binary_cross_entropy")
     return (
-        lambda s, t: ours("binary_cross_entropy")(s, wanted(s)),
+        lambda s, t: mine(s, wanted(s)),
         lambda s, t: F.binary_cross_entropy_with_logits(s, wanted(s)),
     )
 

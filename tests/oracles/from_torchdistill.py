@@ -150,7 +150,8 @@ def vid():
     def other(student, teacher):
         return criterion(io((student, variance(student).view(1, -1, 1, 1))), io(teacher))
 
-    return lambda s, t: ours("vid", variance=variance(s))(s, t), other
+    mine = ours("vid")
+    return lambda s, t: mine(s, t, variance=variance(s)), other
 
 
 @pair("pad", NAME, "vectors")
@@ -169,7 +170,8 @@ def pad():
     def other(student, teacher):
         return criterion({**io(student), "var_estimator": {"output": log_variance(student)}}, io(teacher))
 
-    return lambda s, t: ours("pad", log_variance=log_variance(s))(s, t), other
+    mine = ours("pad")
+    return lambda s, t: mine(s, t, log_variance=log_variance(s)), other
 
 
 @pair("rkd_distance", NAME, "vectors", tolerance=1e-7)

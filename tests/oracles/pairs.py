@@ -6,12 +6,12 @@ returns ``(ours, theirs)``, each a function of the student and the teacher that 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from limbeck.losses import evaluate
+from limbeck.losses import LOSSES, compare_by, traits_of
+from limbeck.reduce import fitting, reduce
 from tests.golden_cases import generate
 
 PAIRS = []
@@ -67,9 +67,16 @@ def pair(loss, oracle, kind, *, tolerance=1e-9, deviates="", timed=True):
     return add
 
 
-def ours(loss, **options):
-    """Our loss as one number."""
-    return partial(evaluate, loss, **options)
+def ours(loss, transforms=(), **options):
+    """Our loss as one number, made ready once, as in a Distiller; what it needs beside is given at each call."""
+    traits = traits_of(LOSSES.get(loss))
+    comparison = compare_by(loss, transforms=transforms, given=(*traits.learns, *traits.borrows), **options)
+
+    def reduced(student, teacher, *, mask=None, **supplied):
+        values = comparison(student, teacher, mask=mask, **supplied)
+        return reduce(values, fitting(mask, values))
+
+    return reduced
 
 
 def labels_for(logits):
