@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from limbeck.losses.base import loss
-from limbeck.losses.labels import over_classes, zero_unless
+from limbeck.losses.labels import finite, over_classes, zero_unless
 from limbeck.losses.logits import (
     paired_log_probs,
     times_squared,
@@ -32,28 +32,41 @@ def _check_mask(student: Tensor, mask: Tensor | None) -> None:
         )
 
 
-def _unit(values: Tensor, there: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Centre and scale to length 1 along a dimension what is there; and whether it varies at all.
+def _unit(values: Tensor, there: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
+    """Centre and scale probabilities to length 1 along a dimension; and whether they vary at all.
 
-    The largest entry is divided out first, since squares of small probabilities vanish.
+    The largest entry is divided out first, since squares of small probabilities vanish. What is not there is zero;
+    None where all is.
     """
-    values = zero_unless(there, values)
-    largest = values.detach().abs().amax(dim=dim, keepdim=True)
+    values = values if there is None else zero_unless(there, values)
+    largest = values.detach().amax(dim=dim, keepdim=True)
     smallest = torch.finfo(values.dtype).tiny / torch.finfo(values.dtype).eps
     scaled = values / torch.where(largest < smallest, torch.ones_like(largest), largest)
-    mean = scaled.sum(dim=dim, keepdim=True) / there.sum(dim=dim, keepdim=True).clamp(min=1)
-    centred = zero_unless(there, scaled - mean)
+    if there is None:
+        centred = scaled - scaled.mean(dim=dim, keepdim=True)
+    else:
+        count = there.sum(dim=dim, keepdim=True).clamp(min=1)
+        centred = zero_unless(there, scaled - scaled.sum(dim=dim, keepdim=True) / count)
     noise = 8 * torch.finfo(values.dtype).eps  # of a mean of equal numbers
-    flat = (largest < smallest) | (centred.detach().abs().amax(dim=dim, keepdim=True) <= noise)
-    centred = zero_unless(~flat, centred)
-    length = torch.linalg.vector_norm(torch.where(flat, torch.ones_like(centred), centred), dim=dim, keepdim=True)
-    return centred / length, ~flat.squeeze(dim)
+    spread = torch.linalg.vector_norm(centred.detach(), torch.inf, dim=dim, keepdim=True)
+    flat = (largest < smallest) | (spread <= noise)
+    length = torch.linalg.vector_norm(centred, dim=dim, keepdim=True)
+    scale = zero_unless(~flat, 1 / torch.where(flat, torch.ones_like(length), length))
+    return centred * scale, ~flat.squeeze(dim)
 
 
-def _uncorrelated(student: Tensor, teacher: Tensor, there: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def _uncorrelated(student: Tensor, teacher: Tensor, there: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
     """One minus Pearson's correlation along a dimension, 0 where the teacher does not vary; and where it does."""
     (student, _), (teacher, varies) = _unit(student, there, dim), _unit(teacher, there, dim)
     return zero_unless(varies, 1 - (student * teacher).sum(dim=dim)), varies
+
+
+def _there(log_q: Tensor, log_p: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Which classes of which positions take part, as rows; None where all do."""
+    if mask is None and finite(log_q):  # a class that is excluded on both sides is so on this one
+        return None
+    there = ~(log_q.isneginf() & log_p.isneginf())
+    return _rows(there if mask is None else there & (mask != 0).unsqueeze(-1), None)
 
 
 @loss
@@ -101,8 +114,7 @@ def dist(
     """
     log_q, log_p = paired_log_probs(student, teacher, temperature)
     _check_mask(student, mask)
-    counts = torch.ones_like(log_p) if mask is None else (mask != 0).unsqueeze(-1).expand_as(log_p)
-    there = _rows(~(log_q.isneginf() & log_p.isneginf()), None) & (_rows(counts, None) != 0)
+    there = _there(log_q, log_p, mask)
     q, p = _rows(log_q.exp(), mask), _rows(log_p.exp(), mask)
     between, _ = _uncorrelated(q, p, there, dim=1)
     within, varies = _uncorrelated(q, p, there, dim=0)
