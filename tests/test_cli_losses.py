@@ -46,6 +46,10 @@ def below_zero(student, teacher, *, mask=None, labels):
     return (counts != 0) * (full_precision(student) - full_precision(teacher.detach())).mean(-1)
 
 
+def with_power(student, teacher, *, power: float):
+    return (full_precision(student) - full_precision(teacher.detach())).abs().pow(power).mean(-1)
+
+
 number = 3
 '''
 
@@ -89,6 +93,8 @@ def outcomes(printed):
         ("fsp",),
         ("cka", "--whole-batch"),
         ("soft_cross_entropy", "--no-identity"),
+        ("ofd", "--no-identity", "-o", "margin=-0.5"),
+        ("my_losses:with_power", "-o", "power=2"),
     ],
 )
 def test_what_is_right_passes(limbeck, arguments):
@@ -163,7 +169,7 @@ def test_a_broken_promise_names_the_flag(limbeck):
         (("my_losses:of_maps", "--shape", "B,7"), "fails for inputs (4, 7): not enough values to unpack"),
         (("forward_kl", "-o", "temperature=-1"), "the temperature must be positive"),
         (("vid",), "vid works with a module, its 'variance'"),
-        (("ofd",), "needs the option 'margin'"),
+        (("my_losses:with_power",), "needs the option 'power'"),
         (("mse", "--logit"), "No such option"),
     ],
 )
