@@ -22,7 +22,7 @@ PACKAGE = ROOT / "limbeck"
 LAYERS = [
     "types registry shapes stopwatch atomic",
     "batch metrics pretrained reduce schedules strict",
-    "taps projectors matching",
+    "taps projectors matching cache",
     "losses",
     "terms teachers students balance",
     "objective",

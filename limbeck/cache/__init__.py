@@ -1,0 +1,21 @@
+"""What a teacher said, kept by the content of its examples: it runs once."""
+
+from limbeck.cache.keys import example_keys, first_difference, weights_digest
+from limbeck.cache.layout import KINDS, Kind, cut, join, kind_of
+from limbeck.cache.store import Store, merge, prune, read_manifest, verify
+
+__all__ = [
+    "KINDS",
+    "Kind",
+    "Store",
+    "cut",
+    "example_keys",
+    "first_difference",
+    "join",
+    "kind_of",
+    "merge",
+    "prune",
+    "read_manifest",
+    "verify",
+    "weights_digest",
+]
