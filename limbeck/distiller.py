@@ -15,7 +15,7 @@ from limbeck.objective import Objective, PlannedTerm, in_term, where
 from limbeck.registry import nearest
 from limbeck.stopwatch import Stopwatch
 from limbeck.taps import Read, Recorder, Tap, read_output, resolve
-from limbeck.teachers import ModuleInputs, ModuleTeacher, Self, Teacher, TeacherLike, as_teacher, record
+from limbeck.teachers import Cached, ModuleInputs, ModuleTeacher, Self, Teacher, TeacherLike, as_teacher, record
 from limbeck.terms import Term
 from limbeck.types import Batch, Output, Signal
 
@@ -163,6 +163,21 @@ class Distiller(nn.Module):
         return plan
 
     @property
+    def teacher_examples(self) -> int | None:
+        """Examples that the teacher was run for, where it remembers; None where it is run for every batch."""
+        return self.teacher.computed if isinstance(self.teacher, Cached) else None
+
+    @teacher_examples.setter
+    def teacher_examples(self, count: int | None) -> None:
+        if isinstance(self.teacher, Cached) and count is not None:
+            self.teacher.computed = count
+
+    def keep(self) -> None:
+        """Bring to disk what the teacher remembers, so that a resumed training finds it as it was."""
+        if isinstance(self.teacher, Cached):
+            self.teacher.store.flush()
+
+    @property
     def teacher_seconds(self) -> float:
         """Time that the teacher's forward passes took since the last preflight."""
         return self.teacher_watch.seconds
@@ -202,11 +217,12 @@ class Distiller(nn.Module):
 
     def _borrow(self, path: str) -> nn.Module:
         """A part of the teacher, for a loss that passes the student's features through it."""
-        if not isinstance(self.teacher, ModuleTeacher):
+        live = _live(self.teacher)
+        if live is None:
             raise ValueError(
                 f"the loss needs the teacher's {path!r}, and the teacher is no module in this process"
             )
-        modules = dict(self.teacher.module.named_modules())
+        modules = dict(live.module.named_modules())
         if path not in modules:
             raise ValueError(f"the teacher has no module {path!r}; {nearest(path, modules)}")
         module: nn.Module = modules[path]
@@ -261,9 +277,14 @@ def _detached(student: Signal) -> Signal:
     return Signal({tap: tensor.detach() for tap, tensor in student.values.items()})
 
 
+def _live(teacher: Teacher | None) -> ModuleTeacher | None:
+    """The module behind a teacher, in this process, if there is one."""
+    teacher = teacher.teacher if isinstance(teacher, Cached) else teacher
+    return teacher if isinstance(teacher, ModuleTeacher) else None
+
+
 def _check_apart(student: nn.Module, teacher: Teacher | None) -> None:
     """A teacher is frozen, and a student that shares weights with it would be, too."""
-    if not isinstance(teacher, ModuleTeacher):
-        return
-    if {id(p) for p in student.parameters()} & {id(p) for p in teacher.module.parameters()}:
+    live = _live(teacher)
+    if live is not None and {id(p) for p in student.parameters()} & {id(p) for p in live.module.parameters()}:
         raise ValueError("student and teacher share weights; pass copy.deepcopy(teacher) as the teacher")

@@ -223,6 +223,9 @@ class Recipe(Strict):
     teacher: TeacherSpec
     student: StudentSpec
     terms: dict[str, TermSpec] = Field(default_factory=dict, description="by default those for the task")
+    cache: str = Field("memory", description="what the teacher says is remembered: off, memory, or in this folder")
+    cache_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    cache_gib: float = Field(16.0, gt=0, description="largest size of what is remembered")
     balance: str | dict[str, Any] = Field(
         "static", description="how terms become one loss: static, uncertainty, matched_scale, gradient_norm"
     )

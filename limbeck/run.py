@@ -19,6 +19,7 @@ from limbeck.models import TeacherStore, check_lengths, fingerprint, load_model,
 from limbeck.objective import PlannedTerm
 from limbeck.pairing import find_places, match_places
 from limbeck.recipe import LayerMatch, Places, Recipe, plain_terms
+from limbeck.remember import SIGNALS, Memory, recall
 from limbeck.report import Report, write_report
 from limbeck.stage import RESULT, Stage, StageResult
 from limbeck.summary import Summary
@@ -32,7 +33,7 @@ RECIPE, LOG, MADE_BY, REPORT = "recipe.yaml", "log.jsonl", "made-by.json", "repo
 MATCHED_EXAMPLES = 256
 """Training examples from which pairs of layers are found."""
 
-OWN = (RECIPE, LOG, MADE_BY, REPORT, "report.html", "README.md", "student", "checkpoints")
+OWN = (RECIPE, LOG, MADE_BY, REPORT, "report.html", "README.md", "student", "checkpoints", SIGNALS)
 """All that a run writes into its folder, and all that overwriting deletes of it."""
 
 THROUGHPUT_BATCH = 32
@@ -64,6 +65,9 @@ class Observer:
 
     def on_plan(self, plan: Plan) -> None:
         """The preflight is done; training begins."""
+
+    def on_note(self, text: str) -> None:
+        """Something worth knowing that is no error."""
 
     def on_stage(self, name: str) -> None:
         """A stage begins: teacher, baseline-0, student-0, evaluation."""
@@ -155,6 +159,7 @@ class Run:
         self.seeds = list(range(recipe.training.seed, recipe.training.seed + recipe.seeds))
         self.device = _one_device()
         self.matches: dict[str, LayerMatch] = {}
+        self.memory = Memory(None, "")
         self.made_by = {
             "recipe": recipe.model_dump(mode="json"),
             "data": {name: rows.fingerprint() for name, rows in task.splits.items()},
@@ -181,6 +186,8 @@ class Run:
             self.matches = {}
             plan = self.preflight(teacher, tuned=True)
             self.observer.on_plan(plan)
+        self.memory = recall(recipe, teacher, self.data[TRAIN], plan.terms, self.folder)
+        self.observer.on_note(f"what the teacher says is {self.memory.note}")
         models: dict[str, nn.Module] = {"teacher": teacher.model}
         results: dict[str, list[StageResult]] = {"teacher": [teacher_result]}
         for seed in self.seeds:
@@ -195,6 +202,7 @@ class Run:
         report = summary.report(models, results, plan.terms, log, self.command)
         save_model(models["student"].cpu(), teacher.processor, self.folder / "student")
         write_report(report, self.folder)
+        self.memory.end()
         return report
 
     def check_folder(self, overwrite: bool, retrain: bool) -> None:
@@ -322,7 +330,7 @@ class Run:
         student = make_student(self.recipe.student, self.task, teacher, seed)
         terms = self.terms(student, teacher.model)
         distiller = (
-            Distiller(student, teacher.model, terms, balance=self.recipe.balance)
+            Distiller(student, self.memory.teacher(teacher.model), terms, balance=self.recipe.balance)
             if role == "student"
             else Distiller(student, None, plain_terms(terms, self.regression))
         )

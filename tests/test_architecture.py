@@ -30,7 +30,7 @@ LAYERS = [
     "train report",
     "tasks evaluate",
     "recipe stage",
-    "models summary pairing",
+    "models summary pairing remember",
     "run",
     "progress testing",
     "cli",

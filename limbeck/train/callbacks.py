@@ -23,6 +23,8 @@ class State:
         position: Updates done in this epoch.
         seconds: Wall time so far, over all interruptions.
         teacher_seconds: The part of it that the teacher's forward passes took, at the last log line or checkpoint.
+        teacher_examples: Examples that this rank's teacher was run for, at the last checkpoint; None where it does
+            not remember and runs for all.
         examples: Examples seen, by all ranks together.
         learning_rate: The last update's.
         loss: Weighted sum of the terms, the mean over the steps since the last line of the log.
@@ -46,6 +48,7 @@ class State:
     position: int = 0
     seconds: float = 0.0
     teacher_seconds: float = 0.0
+    teacher_examples: int | None = None
     examples: int = 0
     learning_rate: float = 0.0
     loss: float = 0.0
@@ -62,6 +65,7 @@ class State:
 
     KEPT: ClassVar[tuple[str, ...]] = (
         *("step", "epoch", "position", "seconds", "teacher_seconds", "examples"),
+        "teacher_examples",
         *("best_score", "best_step", "stale", "history", "stop"),
     )
 

@@ -37,6 +37,8 @@ class FitResult:
         steps: Updates done.
         seconds: Wall time, evaluations and checkpoints included.
         teacher_seconds: The part of it that the teacher's forward passes took.
+        examples: Examples seen.
+        teacher_examples: Those for which the teacher was run; None where it runs for all.
         history: ``(step, main metric)`` of each evaluation.
         best_score: The best of them.
         stopped: Why it ended.
@@ -45,6 +47,8 @@ class FitResult:
     steps: int
     seconds: float
     teacher_seconds: float
+    examples: int = 0
+    teacher_examples: int | None = None
     history: list[tuple[int, float]] = field(default_factory=list)
     best_score: float | None = None
     stopped: str = "done"
@@ -399,6 +403,8 @@ class _Training:
             state.step,
             state.seconds,
             state.teacher_seconds,
+            state.examples,
+            self.distiller.teacher_examples,
             state.history,
             state.best_score,
             state.stop or "done",

@@ -94,6 +94,9 @@ class Checkpointer:
             return
         accelerator, state = self.accelerator, self.state
         state.teacher_seconds = self.distiller.teacher_seconds
+        state.teacher_examples = self.distiller.teacher_examples
+        with self._how_to_free():
+            self.distiller.keep()
         partial = files.partial_folder(self.folder, state.step)
         with self._removed_on_failure(partial):
             if accelerator.is_main_process:
@@ -133,6 +136,7 @@ class Checkpointer:
         self.averages.restore(own["averages"], accelerator.device)
         state.checkpoint = newest
         self.distiller.teacher_watch = Stopwatch(state.teacher_seconds)
+        self.distiller.teacher_examples = state.teacher_examples
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             files.sweep(newest.parent)

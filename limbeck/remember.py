@@ -1,0 +1,132 @@
+"""Whether a run remembers what its teacher says, and where."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from limbeck.cache import Store, weights_digest
+from limbeck.objective import PlannedTerm
+from limbeck.recipe import Recipe
+from limbeck.tasks import Loaded
+from limbeck.teachers import Cached, ModuleTeacher, Teacher
+from limbeck.teachers.cached import DTYPES
+from limbeck.train import Examples
+
+OFF, MEMORY = "off", "memory"
+SIGNALS = "signals"
+"""The folder of a run's own memory, which goes with the end of the run."""
+
+
+@dataclass
+class Memory:
+    """What a run remembers of its teacher.
+
+    Attributes:
+        store: Where signals are kept; None where the teacher is run for every batch.
+        note: What there is to say about it in the plan.
+        dtype: In which floating values are kept.
+        own: The run's own folder of it, to be deleted at the end.
+    """
+
+    store: Store | None
+    note: str
+    dtype: str = "fp32"
+    own: Path | None = None
+
+    def end(self) -> None:
+        """Delete what was for this run alone."""
+        if self.own is not None:
+            shutil.rmtree(self.own, ignore_errors=True)
+
+    def teacher(self, module: nn.Module) -> Teacher:
+        """The teacher of a training."""
+        live = ModuleTeacher(module)
+        return live if self.store is None else Cached(live, self.store, self.dtype)
+
+
+def recall(
+    recipe: Recipe, teacher: Loaded, train: Examples, terms: Sequence[PlannedTerm], folder: Path
+) -> Memory:
+    """Decide whether a run remembers its teacher, and open the store.
+
+    It does not where examples are new in every epoch, where the signals are larger than the recipe's
+    ``cache_gib``, and where the recipe says ``cache: off``.
+
+    Args:
+        recipe: The recipe.
+        teacher: The teacher that the student learns from, fine-tuned.
+        train: The training examples.
+        terms: The plan, for the size of what the terms read.
+        folder: The run's.
+
+    Raises:
+        ValueError: the recipe names a folder that holds signals of another teacher.
+    """
+    if recipe.cache == OFF:
+        return Memory(None, "not remembered, by the recipe")
+    if train.augment is not None:
+        return Memory(None, "not remembered: images are augmented anew in every epoch")
+    needed = bytes_needed(terms, train, recipe.cache_dtype)
+    size = f"{needed / 2**20:,.1f} MiB"
+    if needed > recipe.cache_gib * 2**30:
+        return Memory(None, f"not remembered: {size} are more than cache_gib={recipe.cache_gib:g}")
+    own = folder / SIGNALS if recipe.cache == MEMORY else None
+    place = own or Path(recipe.cache).expanduser()
+    store = Store(fingerprint(recipe, teacher), place)
+    where = "for this run" if own else f"in {place}"
+    return Memory(store, f"remembered {where}, about {size}", recipe.cache_dtype, own)
+
+
+def bytes_needed(terms: Sequence[PlannedTerm], train: Examples, dtype: str) -> int:
+    """The size of what the terms read of the teacher, for all training examples.
+
+    The plan's two examples are the longest; of what is kept for each position, the mean length counts.
+    """
+    shapes = {}
+    for planned in terms:
+        if not planned.term.reads_labels:
+            several = planned.term.places is not None
+            found = planned.teacher_shape if several else (planned.teacher_shape,)
+            shapes |= dict(zip(planned.term.teacher_taps, found, strict=True))
+    longest = max(train.lengths) if train.lengths else 0
+    mean = sum(train.lengths) / len(train.lengths) if train.lengths else 0.0
+    total = 0.0
+    for shape in shapes.values():
+        cells = math.prod(shape[1:])
+        if longest and len(shape) >= 3 and longest in shape[1:]:
+            cells *= (mean / longest) ** shape[1:].count(longest)
+        total += cells
+    return int(len(train) * (16 + total * DTYPES[dtype].itemsize))
+
+
+def fingerprint(recipe: Recipe, teacher: Loaded) -> dict[str, Any]:
+    """What a teacher's signals belong to."""
+    config = getattr(teacher.model, "config", None)
+    described = config.to_dict() if hasattr(config, "to_dict") else repr(teacher.model)
+    return {
+        "teacher": weights_digest(teacher.model),
+        "architecture": _digest({"class": type(teacher.model).__name__, "config": described}),
+        "tokenizer": _digest(_vocabulary(teacher.processor)),
+        "computed in": recipe.training.precision,
+        "kept in": recipe.cache_dtype,
+    }
+
+
+def _vocabulary(processor: Any) -> Any:
+    return processor.get_vocab() if hasattr(processor, "get_vocab") else repr(processor)
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
