@@ -11,6 +11,7 @@ from rich.table import Table
 
 from limbeck.report.format import parameters
 from limbeck.run import Observer, Plan
+from limbeck.terms import Term
 from limbeck.train import Callback, State
 
 ROUNDING = 1e-6
@@ -108,6 +109,11 @@ def _value(value: float) -> str:
     return "0" if -ROUNDING < value < 0 else f"{value:.4g}"
 
 
+def _weight(term: Term) -> str:
+    """A number in three digits, or what a scheduled weight follows."""
+    return f"{term.weight:.3g}" if isinstance(term.weight, float) else str(term.weight)
+
+
 def _term_table(plan: Plan) -> Table:
     """One row for each term; the column of projections only where there are any."""
     projected = any(planned.term.project for planned in plan.terms)
@@ -115,7 +121,7 @@ def _term_table(plan: Plan) -> Table:
     table = Table(*headings, box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     for planned in plan.terms:
         term = planned.term
-        row = [term.name, term.loss_name, term.tap, term.teacher_tap, f"{term.weight:.3g}"]
+        row = [term.name, term.loss_name, term.tap, term.teacher_tap, _weight(term)]
         if projected:
             row.append(f"{term.project} ({planned.parameters:,})" if term.project else "")
         table.add_row(*(escape(cell) for cell in row), _value(planned.value))

@@ -1,13 +1,16 @@
-"""Layers that belong together: found from data, through a whole run."""
+"""Layers that belong together, found from data, and weights that change: through a whole run."""
 
 import copy
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 import limbeck
 from limbeck.pairing import find_places, match_places
+from limbeck.progress import ConsoleObserver
 from limbeck.recipe import Places
 from tests import tiny
 from tests.models import bert, perceptron, text_batch
@@ -88,3 +91,33 @@ def test_a_run_finds_its_pairs_and_reports_them(kind, tmp_path):
     for seed in (0, 1):
         terms = next(line["terms"] for line in logged if line["stage"] == f"student-{seed}" and "terms" in line)
         assert {row["name"] for row in rows} <= set(terms)
+
+
+def test_a_run_with_weights_and_temperatures_that_change(tmp_path):
+    tiny.save_encoder(tmp_path / "teacher")
+    tiny.table().to_csv(tmp_path / "data.csv", index=False)
+    recipe = {
+        "task": {"name": "table", "data": str(tmp_path / "data.csv"), "text": ["text"], "label": "label"},
+        "teacher": {"model": str(tmp_path / "teacher"), "training": {"steps": 1}},
+        "student": {"layers": [0]},
+        "terms": {
+            "kd": {
+                "loss": "forward_kl",
+                "temperature": {"schedule": "linear", "start": 4, "end": 1},
+                "weight": {"schedule": "linear_decay", "base": 0.8},
+            },
+            "labels": {"tap": "labels", "loss": "cross_entropy", "weight": 0.5},
+        },
+        "balance": "uncertainty",
+        "training": {"steps": 4, "log_every": 1, "gradients_every": 2},
+        "store": str(tmp_path / "store"),
+    }
+    with ConsoleObserver(Console(file=io.StringIO(), width=200)) as observer:
+        report = limbeck.distill(recipe, tmp_path / "run", observer=observer)
+    assert "0.8 x linear_decay()" in observer.console.file.getvalue()
+    (curve,) = [c for c in report.curves if c.role == "student"]
+    assert curve.weights["kd"][0] == pytest.approx(0.8)
+    assert curve.weights["kd"][-1] == pytest.approx(0.0)
+    assert "linear_decay" in (tmp_path / "run" / "report.html").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert sum("gradients" in line for line in lines if line["stage"] == "student-0") == 2
