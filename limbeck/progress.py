@@ -93,6 +93,10 @@ class ConsoleObserver(Observer):
         self.console.print(_term_table(plan))
         self.progress.start()
 
+    def on_note(self, text: str) -> None:
+        """Print it."""
+        self.console.print(f"  {escape(text)}")
+
     def on_stage(self, name: str) -> None:
         """Remember the stage's name; its bar comes with its callbacks."""
         if name == "evaluation":

@@ -53,9 +53,7 @@ class Memory:
         return live if self.store is None else Cached(live, self.store, self.dtype)
 
 
-def recall(
-    recipe: Recipe, teacher: Loaded, train: Examples, terms: Sequence[PlannedTerm], folder: Path
-) -> Memory:
+def recall(recipe: Recipe, teacher: Loaded, train: Examples, terms: Sequence[PlannedTerm], folder: Path) -> Memory:
     """Decide whether a run remembers its teacher, and open the store.
 
     It does not where examples are new in every epoch, where the signals are larger than the recipe's
@@ -91,7 +89,7 @@ def bytes_needed(terms: Sequence[PlannedTerm], train: Examples, dtype: str) -> i
 
     The plan's two examples are the longest; of what is kept for each position, the mean length counts.
     """
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for planned in terms:
         if not planned.term.reads_labels:
             several = planned.term.places is not None
@@ -101,7 +99,7 @@ def bytes_needed(terms: Sequence[PlannedTerm], train: Examples, dtype: str) -> i
     mean = sum(train.lengths) / len(train.lengths) if train.lengths else 0.0
     total = 0.0
     for shape in shapes.values():
-        cells = math.prod(shape[1:])
+        cells: float = math.prod(shape[1:])
         if longest and len(shape) >= 3 and longest in shape[1:]:
             cells *= (mean / longest) ** shape[1:].count(longest)
         total += cells
@@ -110,15 +108,21 @@ def bytes_needed(terms: Sequence[PlannedTerm], train: Examples, dtype: str) -> i
 
 def fingerprint(recipe: Recipe, teacher: Loaded) -> dict[str, Any]:
     """What a teacher's signals belong to."""
-    config = getattr(teacher.model, "config", None)
+    config: Any = getattr(teacher.model, "config", None)
     described = config.to_dict() if hasattr(config, "to_dict") else repr(teacher.model)
     return {
         "teacher": weights_digest(teacher.model),
-        "architecture": _digest({"class": type(teacher.model).__name__, "config": described}),
+        "architecture": _digest({"class": type(teacher.model).__name__, "config": _without_origin(described)}),
         "tokenizer": _digest(_vocabulary(teacher.processor)),
         "computed in": recipe.training.precision,
         "kept in": recipe.cache_dtype,
     }
+
+
+def _without_origin(config: Any) -> Any:
+    """A configuration without where it was loaded from, and by what."""
+    origin = ("_name_or_path", "transformers_version", "dtype")
+    return {k: v for k, v in config.items() if k not in origin} if isinstance(config, dict) else config
 
 
 def _vocabulary(processor: Any) -> Any:
@@ -128,5 +132,3 @@ def _vocabulary(processor: Any) -> Any:
 def _digest(content: Any) -> str:
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-

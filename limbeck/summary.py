@@ -23,7 +23,7 @@ from limbeck.report.report import Curve, Interval, ModelResult
 from limbeck.schedules import Scheduled
 from limbeck.stage import StageResult
 from limbeck.tasks import VALIDATION, Task, is_regression
-from limbeck.train import Examples
+from limbeck.train import Examples, FitResult
 
 THROUGHPUT_BATCH = 32
 
@@ -118,6 +118,8 @@ class Summary:
             throughput=batch.map(lambda seconds: self.throughput_batch() / seconds),
             training_seconds=mean(f.seconds for f in fitted),
             teacher_seconds=mean(f.teacher_seconds for f in fitted),
+            examples=sum(f.examples for f in fitted),
+            teacher_examples=teacher_examples(fitted),
             scores_by_seed=[metric(r.logits[VALIDATION], labels) for r in results],
         )
 
@@ -150,6 +152,12 @@ def mean(values: Iterable[float]) -> float:
     """The mean, 0 of nothing."""
     found = list(values)
     return sum(found) / len(found) if found else 0.0
+
+
+def teacher_examples(fitted: Sequence[FitResult]) -> int | None:
+    """For how many examples the teacher was run in all trainings; None where it was run for every one."""
+    counts = [f.teacher_examples for f in fitted if f.teacher_examples is not None]
+    return sum(counts) if counts else None
 
 
 def plan_row(planned: PlannedTerm) -> dict[str, Any]:

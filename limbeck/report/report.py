@@ -61,6 +61,8 @@ class ModelResult:
         throughput: Examples per second at batch 32: median and quartiles.
         training_seconds: Wall time of its training, the mean over seeds; 0 where it was not trained here.
         teacher_seconds: The share of that time that the teacher's forward passes took.
+        examples: Examples that were seen in its trainings, all seeds together.
+        teacher_examples: Those for which the teacher was run; None where it was run for all of them.
         scores_by_seed: The main metric for each seed.
     """
 
@@ -73,6 +75,8 @@ class ModelResult:
     throughput: Interval
     training_seconds: float = 0.0
     teacher_seconds: float = 0.0
+    examples: int = 0
+    teacher_examples: int | None = None
     scores_by_seed: list[float] = field(default_factory=list)
 
 

@@ -91,6 +91,7 @@ def side_by_side(report: Report) -> list[Row]:
         ),
         _row(report, "Training time", _training_time),
         _row(report, "Teacher's share of it", _teacher_time),
+        *_passes_row(report),
     ]
 
 
@@ -185,6 +186,20 @@ def _teacher_time(model: ModelResult) -> Cell:
         return Cell(NOTHING)
     part = model.teacher_seconds / model.training_seconds
     return Cell(write.duration(model.teacher_seconds), write.share(part))
+
+
+def _passes_row(report: Report) -> list[Row]:
+    """For how many examples the teacher was run; nothing where it does not remember."""
+    if report.student.teacher_examples is None:
+        return []
+    return [_row(report, "Teacher's passes", _teacher_passes)]
+
+
+def _teacher_passes(model: ModelResult) -> Cell:
+    if model.teacher_examples is None or not model.examples:
+        return Cell(NOTHING)
+    saved = 1 - model.teacher_examples / model.examples
+    return Cell(f"{model.teacher_examples:,} of {model.examples:,}", f"{write.share(saved)} saved")
 
 
 def _quality_facts(report: Report, comparison: Comparison) -> list[Fact]:
