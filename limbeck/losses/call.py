@@ -13,7 +13,8 @@ from limbeck.losses.base import LOSSES, SUPPLIED, traits_of
 from limbeck.losses.transforms import Transform, build_temperature, build_transform
 from limbeck.reduce import fitting, reduce
 from limbeck.registry import check_options
-from limbeck.schedules import build_schedule, is_schedule, value_at
+from limbeck.schedules import Scheduled, build_schedule, is_schedule, value_at
+from limbeck.types import EXAMPLE_ID, IGNORE_INDEX
 
 Side = Tensor | tuple[Tensor, ...]
 """What a loss reads of one model: a tensor, or several from several places."""
@@ -66,10 +67,7 @@ class Comparison:
             mask: Positions that count, likewise.
             **supplied: What else the loss asks for.
         """
-        for transform in self.steps:
-            assert isinstance(student, Tensor)
-            assert isinstance(teacher, Tensor)
-            student, teacher = transform(student, teacher, labels)
+        student, teacher = self._transformed(student, teacher, labels)
         options = {k: value_at(v, progress, f"{k} of {self.name}") for k, v in self.options.items()}
         if callable(options.get("temperature")):
             options["temperature"] = options["temperature"](student, teacher, mask)
@@ -78,6 +76,15 @@ class Comparison:
         if "mask" in self.asks:
             supplied["mask"] = mask
         return self.loss(student, teacher, **options, **supplied)
+
+    def _transformed(self, student: Side, teacher: Side, labels: Tensor | None) -> tuple[Side, Side]:
+        for transform in self.steps:
+            if isinstance(student, tuple) or isinstance(teacher, tuple):
+                raise ValueError("transforms are for logits, and this term reads several places; drop transforms")
+            student, teacher = transform(student, teacher, labels)
+        if isinstance(student, tuple) and not takes_several(self.loss):
+            raise ValueError(f"loss {self.name!r} compares one place with one, got {len(student)}; name one tap")
+        return student, teacher
 
     def _known(self, labels: Tensor | None) -> Tensor | None:
         if labels is None and inspect.signature(self.loss).parameters["labels"].default is inspect.Parameter.empty:
@@ -123,11 +130,28 @@ def compare_by(
     return Comparison(name, function, _built(options), written, _asked_for(function), steps)
 
 
+def takes_several(function: Callable[..., Tensor]) -> bool:
+    """Whether a loss takes tuples of tensors, by its signature; one that does not say may.
+
+    Example:
+        >>> takes_several(LOSSES.get("fsp")), takes_several(LOSSES.get("mse"))
+        (True, False)
+    """
+    first = next(iter(inspect.signature(function).parameters.values()), None)
+    return first is None or first.annotation not in (Tensor, "Tensor")
+
+
 def _built(options: Mapping[str, Any]) -> dict[str, Any]:
     built = {key: build_schedule(value) if is_schedule(value) else value for key, value in options.items()}
     temperature = built.get("temperature")
+    if isinstance(temperature, Mapping) and any(is_schedule(value) for value in temperature.values()):
+        raise ValueError(f"the options of each example's own temperature cannot be scheduled, got {temperature}")
     if isinstance(temperature, (str, Mapping)):
         built["temperature"] = build_temperature(temperature)
+    if isinstance(temperature, Scheduled) and temperature.lowest() <= 0:
+        raise ValueError(
+            f"a temperature must be positive, and {temperature} goes down to {temperature.lowest():g}"
+        )
     return built
 
 
@@ -156,10 +180,12 @@ def evaluate(
         teacher: What it is compared with.
         reduction: ``"mean"`` over valid positions, ``"sum"`` over them, or ``"batchmean"``: the sum divided by
             the number of examples.
-        mask: (B,) or (B, L), 0 where a position does not count; it is also given to a loss that asks for one.
+        mask: (B,) or (B, L), 0 where a position does not count; it is also given to a loss that asks for one. By
+            default the positions with a label count, where there are labels for positions.
         transforms: See `compare_by`.
         progress: Where training is, from 0 to 1, for scheduled options.
-        **options: Options of the loss, and the ``labels`` or ``example_id`` that it asks for.
+        **options: Options of the loss, and the ``labels`` or ``example_id`` that it asks for. Where it asks for
+            no labels, those of positions are its mask.
 
     Returns:
         A scalar.
@@ -176,8 +202,27 @@ def evaluate(
     """
     supplied = {key: options.pop(key) for key in (*SUPPLIED, *_brought(name)) if key in options}
     comparison = compare_by(name, transforms=transforms, given=tuple(supplied), **options)
+    labels = supplied.get("labels")
+    if EXAMPLE_ID in supplied and EXAMPLE_ID not in comparison.asks:
+        raise TypeError(f"loss {comparison.name!r} has no option {EXAMPLE_ID!r}; leave it out")
     values = comparison(student, teacher, progress=progress, mask=mask, **supplied)
+    if mask is None:
+        mask = _labelled(teacher if labels is None else labels, values, options.get("ignore_index"))
+        if labels is not None and mask is None and not ("labels" in comparison.asks or comparison.steps):
+            raise TypeError(
+                f"loss {comparison.name!r} reads no labels, and those of shape {tuple(labels.shape)} are no mask "
+                f"for values of shape {tuple(values.shape)}; leave them out"
+            )
     return reduce(values, fitting(mask, values), reduction)
+
+
+def _labelled(labels: Side, values: Tensor, ignore_index: Any) -> Tensor | None:
+    """Which positions have a label, where these are labels of positions: class indices, or numbers to predict."""
+    if isinstance(labels, tuple) or labels.shape != values.shape:
+        return None
+    if ignore_index is None and labels.is_floating_point():
+        return None
+    return labels != (IGNORE_INDEX if ignore_index is None else ignore_index)
 
 
 def _brought(loss: str | Callable[..., Tensor]) -> tuple[str, ...]:
