@@ -16,9 +16,9 @@ from torch import Size, Tensor, nn
 
 from limbeck.balance import build_balance, gradient_products
 from limbeck.batch import ATTENTION_MASK, batch_size, mask_key, valid_positions
-from limbeck.losses.call import Side
+from limbeck.losses.call import Side, compare_valid
 from limbeck.projectors import Projector, build_projector
-from limbeck.reduce import blank, fitting, masked_mean
+from limbeck.reduce import fitting, masked_mean
 from limbeck.registry import nearest
 from limbeck.terms import Term
 from limbeck.types import EXAMPLE_ID, LABELS, Batch, Output, Signal
@@ -179,11 +179,12 @@ class Objective(nn.Module):
             read = self._project(term, read, target)
             key = _mask_of(term, read, batch)
             mask = None if key is None else _valid(term, key, batch)
-            if mask is not None and not term.reads_labels:
-                read, target = _blanked(read, mask), _blanked(target, mask)
             with torch.autocast(_first(read).device.type, enabled=False):
-                supplied = self._supplied(term, read, target, batch)
-                values = term.comparison(read, target, progress=progress, mask=mask, **supplied)
+                supplied = {"progress": progress, **self._supplied(term, read, target, batch)}
+                if term.reads_labels:  # labels say themselves which of them count
+                    values = term.comparison(read, target, mask=mask, **supplied)
+                else:
+                    values = compare_valid(term.comparison, read, target, mask, **supplied)
             if values.ndim == 0:  # it describes the batch as a whole, and counts once per example
                 values = values.expand(batch_size(batch))
             mask = fitting(mask, values)
@@ -240,16 +241,6 @@ def _sizes(side: Side) -> Size | tuple[Size, ...]:
 
 def _shape(side: Side) -> tuple[Any, ...]:
     return tuple(tuple(t.shape) for t in side) if isinstance(side, tuple) else tuple(side.shape)
-
-
-def _blanked(side: Side, mask: Tensor) -> Side:
-    """Zeros at masked positions, of every tensor that has these positions in front."""
-
-    def blanked(tensor: Tensor) -> Tensor:
-        is_square = tensor.ndim == 4 and tensor.shape[2] == tensor.shape[3]  # attention, with heads in front
-        return tensor if is_square or tensor.shape[: mask.ndim] != mask.shape else blank(tensor, mask)
-
-    return tuple(blanked(t) for t in side) if isinstance(side, tuple) else blanked(side)
 
 
 def _key(term: Term) -> str:

@@ -233,6 +233,9 @@ def _checked_weight(weight: Weight, name: str) -> float | Scheduled:
 
 LayerMap = str | Sequence[tuple[int, int]]
 
+FOUND = ("cka", "emd")
+"""Layer maps that a run finds from data; see `limbeck.matching`."""
+
 
 def layer_pairs(layers: LayerMap, student: int, teacher: int) -> list[tuple[int, int]]:
     """Say which student layer learns from which teacher layer, counted from 0.
@@ -289,6 +292,7 @@ def spread(
     tap: Taps,
     teacher_tap: Taps,
     pairs: Sequence[tuple[int, int]],
+    /,  # a loss may have an option `pairs`
     *,
     name: str,
     weight: Weight = 1.0,
@@ -378,6 +382,8 @@ def self_distillation(
     """
     terms = []
     for group in exits:
+        if isinstance(group, str):
+            raise ValueError(f"exits come in groups, [[{group!r}, ...]], got {list(exits)}")
         if len(group) < 2:
             raise ValueError(f"a group of exits needs two taps or more, from shallow to deep, got {list(group)}")
         *earlier, last = group

@@ -43,7 +43,7 @@ def test_numbers_that_are_ignored_do_not_count():
 
 @pytest.mark.parametrize("mask", [torch.ones(3), torch.ones(2, 5), torch.ones(5, 4)])
 def test_a_mask_of_another_batch_is_refused(mask):
-    with pytest.raises(ValueError, match=r"a mask of shape .* does not fit values of shape \(6,\)"):
+    with pytest.raises(ValueError, match=r"a mask of shape .* does not fit (values of shape \(6,\)|a batch of 6)"):
         evaluate("forward_kl", LS, LT, mask=mask)
 
 
@@ -109,3 +109,58 @@ def test_a_tap_is_a_name(tap):
 def test_what_a_loss_learns_takes_options():
     with pytest.raises(TypeError, match="variance is what the loss learns, and takes options"):
         Term("0", loss="vid", variance=3.0)
+
+
+RELATIONS = [
+    "rkd_distance",
+    "rkd_angle",
+    "pkt",
+    "similarity_preserving",
+    "correlation_congruence",
+    "infonce",
+    "cka",
+]
+
+
+@pytest.mark.parametrize("loss", [*RELATIONS, "mse", "forward_kl", "dist"])
+def test_an_example_that_does_not_count_is_as_if_it_were_not_there(loss):
+    """Not even a NaN in it is seen, neither by `evaluate` nor in a Distiller."""
+    keep = torch.tensor([1, 0, 1, 1, 0, 1])
+    student = LS.clone()
+    student[1], student[4] = 50.0, torch.nan
+    student.requires_grad_()
+    ours = evaluate(loss, student, LT, mask=keep)
+    alone = LS[keep.bool()].clone().requires_grad_()
+    expected = evaluate(loss, alone, LT[keep.bool()])
+    torch.testing.assert_close(ours, expected)
+    ours.backward()
+    expected.backward()
+    torch.testing.assert_close(student.grad[keep.bool()], alone.grad)
+    assert not student.grad[~keep.bool()].any()
+
+    model, teacher = torch.nn.Identity(), torch.nn.Identity()
+    distiller = Distiller(model, teacher, [Term("logits", loss=loss, name="x", mask="keep")], teacher_read=None)
+    inputs = student.detach().clone().requires_grad_()
+    out = distiller.distil({"input": inputs, "keep": keep})
+    assert out.loss.isfinite()
+
+
+def test_nothing_to_count_is_zero():
+    student = LS.clone().requires_grad_()
+    value = evaluate("rkd_distance", student, LT, mask=torch.zeros(6))
+    value.backward()
+    assert value.item() == 0
+    assert not student.grad.any()
+
+
+def test_progress_runs_from_zero_to_one():
+    for progress in (-1, 2):
+        with pytest.raises(ValueError, match="progress runs from 0"):
+            evaluate(
+                "forward_kl", LS, LT, temperature={"schedule": "linear", "start": 4, "end": 1}, progress=progress
+            )
+
+
+def test_a_temperature_may_be_a_function_of_progress():
+    ours = evaluate("forward_kl", LS, LT, temperature=lambda progress: 4 - 2 * progress, progress=0.5)
+    torch.testing.assert_close(ours, evaluate("forward_kl", LS, LT, temperature=3.0))

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from limbeck.losses.base import LOSSES, SUPPLIED, traits_of
-from limbeck.losses.transforms import Transform, build_temperature, build_transform
-from limbeck.reduce import fitting, reduce
+from limbeck.losses.transforms import OwnTemperature, Transform, build_temperature, build_transform
+from limbeck.reduce import blank, fitting, reduce
 from limbeck.registry import check_options
 from limbeck.schedules import Scheduled, build_schedule, is_schedule, value_at
 from limbeck.types import EXAMPLE_ID, IGNORE_INDEX
@@ -97,6 +97,58 @@ class Comparison:
         return ", ".join([self.name, *shown])
 
 
+def compare_valid(
+    comparison: Comparison, student: Side, teacher: Side, mask: Tensor | None, **supplied: Any
+) -> Tensor:
+    """Compare two sides where a mask says that they count; nothing of the rest gets into a value or a gradient.
+
+    Examples that do not count, by a mask (B,), are left out of the comparison altogether: a loss that relates the
+    examples of a batch must not see them. At positions that do not count, by a mask (B, L), both sides are zero.
+
+    Args:
+        comparison: The loss.
+        student: What was read of the student.
+        teacher: What was read of the teacher.
+        mask: (B,) or (B, L), or None where all count.
+        **supplied: What else the loss asks for; see `Comparison`.
+
+    Returns:
+        The values of all positions; 0 for examples that were left out.
+    """
+    if mask is None:
+        return comparison(student, teacher, mask=None, **supplied)
+    if mask.ndim > 1:
+        return comparison(blanked(student, mask), blanked(teacher, mask), mask=mask, **supplied)
+    first = student[0] if isinstance(student, tuple) else student
+    if mask.shape != first.shape[:1]:
+        raise ValueError(f"a mask of shape {tuple(mask.shape)} does not fit a batch of {len(first)} examples")
+    keep = mask != 0
+    if not keep.any():
+        return blank(first.reshape(len(first), -1), keep).sum(dim=-1)  # zeros, with a gradient of zeros
+    batch = {
+        key: value for key, value in supplied.items() if isinstance(value, Tensor) and len(value) == len(keep)
+    }
+    kept = {**supplied, **{key: value[keep] for key, value in batch.items()}}
+    values = comparison(_rows(student, keep), _rows(teacher, keep), mask=None, **kept)
+    if values.ndim == 0:
+        return values
+    return values.new_zeros(len(keep), *values.shape[1:]).index_put((keep.nonzero().flatten(),), values)
+
+
+def blanked(side: Side, mask: Tensor) -> Side:
+    """Zeros at masked positions (B, L), of every tensor that has these positions in front."""
+
+    def of(tensor: Tensor) -> Tensor:
+        is_square = tensor.ndim == 4 and tensor.shape[2] == tensor.shape[3]  # attention, with heads in front
+        return tensor if is_square or tensor.shape[: mask.ndim] != mask.shape else blank(tensor, mask)
+
+    return tuple(of(t) for t in side) if isinstance(side, tuple) else of(side)
+
+
+def _rows(side: Side, keep: Tensor) -> Side:
+    return tuple(t[keep] for t in side) if isinstance(side, tuple) else side[keep]
+
+
 def compare_by(
     loss: str | Callable[..., Tensor],
     *,
@@ -144,6 +196,8 @@ def takes_several(function: Callable[..., Tensor]) -> bool:
 def _built(options: Mapping[str, Any]) -> dict[str, Any]:
     built = {key: build_schedule(value) if is_schedule(value) else value for key, value in options.items()}
     temperature = built.get("temperature")
+    if callable(temperature) and not isinstance(temperature, OwnTemperature):  # of progress, as a weight may be
+        built["temperature"] = temperature = build_schedule(temperature)
     if isinstance(temperature, Mapping) and any(is_schedule(value) for value in temperature.values()):
         raise ValueError(f"the options of each example's own temperature cannot be scheduled, got {temperature}")
     if isinstance(temperature, (str, Mapping)):
@@ -205,7 +259,7 @@ def evaluate(
     labels = supplied.get("labels")
     if EXAMPLE_ID in supplied and EXAMPLE_ID not in comparison.asks:
         raise TypeError(f"loss {comparison.name!r} has no option {EXAMPLE_ID!r}; leave it out")
-    values = comparison(student, teacher, progress=progress, mask=mask, **supplied)
+    values = compare_valid(comparison, student, teacher, mask, progress=progress, **supplied)
     if mask is None:
         mask = _labelled(teacher if labels is None else labels, values, options.get("ignore_index"))
         if labels is not None and mask is None and not ("labels" in comparison.asks or comparison.steps):
