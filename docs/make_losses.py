@@ -29,7 +29,7 @@ HEAD = """# Losses
 A loss is called `(student, teacher, *, options)` and gives one value per position; `limbeck/reduce.py` makes one
 number of them. In the formulas, `p` is the teacher's distribution, `q` the student's, `s` and `t` are features of
 both, `y` is the label, `T` or `τ` a temperature. `limbeck list losses` prints a shorter form of this page, and
-`limbeck check NAME` runs the suite that every loss has to pass.
+`limbeck check package.module:name` runs this suite on a loss of your own; flags say what it does not promise.
 
 *Agrees with* names independent code that gave the same value and gradient: numbers of other projects' code kept in
 `tests/golden/losses.json`, projects that `make oracles` runs beside ours, and a *second implementation* in float64

@@ -3,8 +3,8 @@
 Each kind gives a factor for every term, on top of its weight, and may add a penalty of its own. What it learns or
 remembers is saved with the Distiller, so that a resumed training goes on exactly.
 
-The factors of a step come from what earlier steps showed. So they do not depend on how the step itself is cut into
-micro-batches and ranks.
+The factors of a step come from what earlier steps showed, over all their micro-batches and ranks. Gradients alone
+are measured on a part: the first micro-batch of each rank, averaged over ranks.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from limbeck.registry import Registry, check_options, nearest
 
 BALANCES: Registry[type[Balance]] = Registry("balance")
 
+HALF_SCALE = 2.0**10
+"""A power of two on measured gradients, which may pass through float16, where small numbers vanish."""
+
 
 class Balance(nn.Module):
-    """Factors on the weighted terms, all of them 1 unless a kind says otherwise.
+    """Factors on the terms, beside their weights; all of them 1 unless a kind says otherwise.
 
     Args:
         names: The terms' names.
@@ -45,12 +48,12 @@ class Balance(nn.Module):
         """What is added to the loss once per step."""
         return None
 
-    def observe(self, weighted: Tensor, norms: Tensor | None = None) -> None:
+    def observe(self, values: Tensor, norms: Tensor | None = None) -> None:
         """Take notice of a step.
 
         Args:
-            weighted: The terms of the whole step times their weights, before the factors; (terms,).
-            norms: The norm of each weighted term's gradient, where it was measured; (terms,).
+            values: The unweighted terms of the whole step; (terms,).
+            norms: The norm of each unweighted term's gradient, where it was measured; (terms,).
         """
 
 
@@ -63,7 +66,8 @@ class Static(Balance):
 class Uncertainty(Balance):
     r"""Learned factors :math:`e^{-s_i}`, with the penalty :math:`\sum_i s_i` against giving all terms up.
 
-    The :math:`s_i` begin at 0, so that the first step is the static one.
+    The :math:`s_i` begin at 0, so that the first step is the static one. It is for terms that are never negative:
+    of one that is, the loss has no lower bound.
 
     Reference:
         Kendall et al. 2018, Multi-Task Learning Using Uncertainty to Weigh Losses, arXiv:1705.07115 (there with a
@@ -92,15 +96,15 @@ class _Matching(Balance):
         super().__init__(names)
         if reference is not None and reference not in self.names:
             raise ValueError(f"the balance's reference {reference!r} is no term; {nearest(reference, self.names)}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"the momentum of a balance lies in [0, 1), got {momentum}")
+        if not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
+            raise ValueError(f"the momentum of a balance lies in [0, 1), got {momentum!r}")
         self.place = 0 if reference is None else self.names.index(reference)
         self.momentum = momentum
         self.register_buffer("sizes", torch.zeros(len(self.names)))
         self.sizes: Tensor
 
     def factors(self) -> Tensor:
-        """The reference's size over each term's own; 1 as long as nothing was seen, and where a term is 0."""
+        """The reference's size over each term's own; 1 as long as nothing was seen of both."""
         known = (self.sizes > 0) & (self.sizes[self.place] > 0)
         return torch.where(
             known, self.sizes[self.place] / self.sizes.clamp_min(1e-30), torch.ones_like(self.sizes)
@@ -109,12 +113,13 @@ class _Matching(Balance):
     def _remember(self, sizes: Tensor) -> None:
         sizes = sizes.detach().to(self.sizes)
         mixed = self.momentum * self.sizes + (1 - self.momentum) * sizes
-        self.sizes.copy_(torch.where(self.sizes > 0, mixed, sizes))
+        mixed = torch.where(self.sizes > 0, mixed, sizes)
+        self.sizes.copy_(torch.where(sizes.isfinite(), mixed, self.sizes))
 
 
 @BALANCES.register_as("matched_scale")
 class MatchedScale(_Matching):
-    """Every term, times its weight, is brought to the value of a reference term.
+    """Every term is brought to the value of a reference term; the weights then say how much each counts of it.
 
     Args:
         names: The terms' names.
@@ -122,14 +127,14 @@ class MatchedScale(_Matching):
         momentum: How slowly the running values follow.
     """
 
-    def observe(self, weighted: Tensor, norms: Tensor | None = None) -> None:
+    def observe(self, values: Tensor, norms: Tensor | None = None) -> None:
         """Follow the values."""
-        self._remember(weighted.abs())
+        self._remember(values.abs())
 
 
 @BALANCES.register_as("gradient_norm")
 class GradientNorm(_Matching):
-    """Every term, times its weight, is brought to the gradient norm that a reference term has on the student.
+    """Every term is brought to the gradient norm that a reference term has in the student; weights come after.
 
     Each measurement costs one backward pass per term.
 
@@ -148,11 +153,11 @@ class GradientNorm(_Matching):
         self, names: Sequence[str], *, reference: str | None = None, momentum: float = 0.9, every: int = 20
     ) -> None:
         super().__init__(names, reference=reference, momentum=momentum)
-        if every < 1:
-            raise ValueError(f"gradients are measured every step or less often, got every={every}")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"gradients are measured every so many steps, a whole number, got every={every!r}")
         self.every = every
 
-    def observe(self, weighted: Tensor, norms: Tensor | None = None) -> None:
+    def observe(self, values: Tensor, norms: Tensor | None = None) -> None:
         """Follow the norms, where they were measured."""
         if norms is not None:
             self._remember(norms)
@@ -169,6 +174,8 @@ def build_balance(spec: str | Mapping[str, Any], names: Sequence[str]) -> Balanc
         >>> build_balance({"kind": "matched_scale", "reference": "kd"}, ["kd", "hidden"]).factors()
         tensor([1., 1.])
     """
+    if not isinstance(spec, (str, Mapping)):
+        raise ValueError(f"a balance is a name or {{kind: name, ...}}, got {spec!r}; {nearest('', BALANCES)}")
     options = {"kind": spec} if isinstance(spec, str) else dict(spec)
     kind = options.pop("kind", "static")
     make = BALANCES.get(kind)
@@ -180,7 +187,7 @@ def gradient_products(terms: Sequence[Tensor], parameters: Sequence[nn.Parameter
     """The dot products of the terms' gradients with each other.
 
     Args:
-        terms: Weighted terms, scalars of one graph, which is kept.
+        terms: Scalars of one graph, which is kept.
         parameters: What the gradients are taken in.
 
     Returns:
@@ -194,7 +201,9 @@ def gradient_products(terms: Sequence[Tensor], parameters: Sequence[nn.Parameter
     """
     trained = [p for p in parameters if p.requires_grad]
     gradients = [
-        torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True) if term.requires_grad else ()
+        torch.autograd.grad(HALF_SCALE * term, trained, retain_graph=True, allow_unused=True)
+        if term.requires_grad
+        else ()
         for term in terms
     ]
     device = terms[0].device
@@ -202,23 +211,29 @@ def gradient_products(terms: Sequence[Tensor], parameters: Sequence[nn.Parameter
     for i, ours in enumerate(gradients):
         for j, theirs in enumerate(gradients[: i + 1]):
             pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if a is not None and b is not None]
-            total = sum(((a.float() * b.float()).sum() for a, b in pairs), torch.zeros((), device=device))
-            products[i, j] = products[j, i] = total
+            dots = [((a.float() / HALF_SCALE) * (b.float() / HALF_SCALE)).sum() for a, b in pairs]
+            products[i, j] = products[j, i] = sum(dots, torch.zeros((), device=device))
     return products
 
 
-def interference(products: Tensor) -> tuple[list[float], list[float]]:
-    """What each term does to the step, from `gradient_products`.
+def interference(products: Tensor, weights: Sequence[float] | None = None) -> tuple[list[float], list[float]]:
+    """What each term does to a step, from `gradient_products`.
+
+    Args:
+        products: Of the unweighted terms.
+        weights: What each is multiplied by, schedules and balance included; by default 1.
 
     Returns:
-        Each term's share of the summed gradient norms; and the cosine between its gradient and the sum of all
-        others', below 0 where they pull against each other (0 where one of the two is zero).
+        Each weighted term's share of the summed gradient norms; and the cosine between its gradient and the sum of
+        all others', below 0 where they pull against each other (0 where one of the two is zero).
 
     Example:
         >>> interference(torch.tensor([[4.0, -2.0], [-2.0, 4.0]]))
         ([0.5, 0.5], [-0.5, -0.5])
     """
-    products = products.double()
+    factors = torch.ones(len(products)) if weights is None else torch.tensor(list(weights))
+    factors = factors.to(products.device, torch.float64)
+    products = products.double() * factors[:, None] * factors
     own = products.diagonal()
     norms = own.clamp_min(0).sqrt()
     with_others = products.sum(dim=1) - own

@@ -128,15 +128,15 @@ def valid_positions(batch: Batch, key: str) -> Tensor | None:
     return valid
 
 
-def mask_key(shape: torch.Size, batch: Batch) -> str | None:
-    """Which mask belongs to a tensor of this shape: the labels' or the attention mask, if its shape fits.
+def mask_key(shape: torch.Size, batch: Batch, of_logits: bool = False) -> str | None:
+    """Which mask belongs to a tensor of this shape, if one fits: the attention mask, or of logits the labels' own.
 
     Example:
         >>> batch = {"attention_mask": torch.ones(2, 5), "labels": torch.zeros(2)}
         >>> mask_key(torch.Size([2, 5, 8]), batch), mask_key(torch.Size([2, 3]), batch)
         ('attention_mask', None)
     """
-    for key in (LABELS, ATTENTION_MASK):
+    for key in (LABELS, ATTENTION_MASK) if of_logits else (ATTENTION_MASK,):
         mask = batch.get(key)
         if isinstance(mask, Tensor) and mask.ndim == 2 and len(shape) == 3 and mask.shape == shape[:2]:
             return key

@@ -72,6 +72,7 @@ class Distiller(nn.Module):
         self.read = read
         self._call = ModuleInputs(student)
         self._recorder = Recorder(student, self._student_taps(), read)
+        self._compiled_before = student._compiled_call_impl
         self._checked = False
         self._gradients_checked = False
         self._check_offers()
@@ -122,7 +123,7 @@ class Distiller(nn.Module):
         measured = tuple(self.student.parameters()) if measure else None
         result: Output = self.objective(student, teacher or _detached(student), batch, counts, progress, measured)
         if counts is None and self.training:  # a whole step; of a part, the backend tells when all are there
-            self.objective.observe(result.terms, progress, result.gradients)
+            self.objective.observe(result.terms, result.gradients)
         return replace(result, logits=self._logits(seen, output))
 
     @property
@@ -198,12 +199,13 @@ class Distiller(nn.Module):
     def compile_student(self, **options: Any) -> None:
         """Compile the student in place with `torch.compile`; its taps go on working and `export` undoes it."""
         self._recorder.pin()
+        self._compiled_before = self.student._compiled_call_impl
         self.student.compile(**options)
 
     def export(self) -> nn.Module:
         """Give back the student: the object that went in, without hooks, teacher, projections or compilation."""
         self._recorder.unpin()
-        self.student._compiled_call_impl = None
+        self.student._compiled_call_impl = self._compiled_before
         return self.student
 
     def _teach(self, batch: Batch) -> Signal | None:

@@ -16,14 +16,14 @@ from torch import Size, Tensor, nn
 
 from limbeck.balance import build_balance, gradient_products
 from limbeck.batch import ATTENTION_MASK, batch_size, mask_key, valid_positions
-from limbeck.losses.call import Side
+from limbeck.losses.call import Side, compare_valid
 from limbeck.projectors import Projector, build_projector
-from limbeck.reduce import blank, fitting, masked_mean
+from limbeck.reduce import fitting, masked_mean
 from limbeck.registry import nearest
 from limbeck.terms import Term
 from limbeck.types import EXAMPLE_ID, LABELS, Batch, Output, Signal
 
-EXAMPLES = "examples"
+EXAMPLES, LOGITS, IGNORE = "examples", "logits", "ignore_index"
 
 Borrow = Callable[[str], nn.Module]
 """Finds a module of the teacher by its path."""
@@ -77,6 +77,7 @@ class Objective(nn.Module):
                 if t.learned
             }
         )
+        self.balance_spec = balance
         self.balance = build_balance(balance, [t.name for t in terms])
         self._borrowed: dict[str, dict[str, nn.Module]] = {}
         for term in terms:
@@ -103,9 +104,9 @@ class Objective(nn.Module):
             measured: Parameters in which each term's gradient is to be measured; None for no measurement.
         """
         values = {t.name: self._value(t, student, teacher, batch, counts, progress) for t in self.terms}
+        products = None if measured is None else gradient_products(tuple(values.values()), measured)
         weights = [t.weight_at(progress) for t in self.terms]
         weighted = [w * v for w, v in zip(weights, values.values(), strict=True)]
-        products = None if measured is None else gradient_products(weighted, measured)
         factors, penalty, shown = self.balance.factors(), self.balance.penalty(), weights
         if factors is None:
             loss = torch.stack(weighted).sum()
@@ -117,17 +118,15 @@ class Objective(nn.Module):
         found = {name: value.detach() for name, value in values.items()}
         return Output(loss, None, found, dict(zip(values, shown, strict=True)), products)
 
-    def observe(self, values: Mapping[str, Tensor], progress: float | None, products: Tensor | None) -> None:
+    def observe(self, values: Mapping[str, Tensor], products: Tensor | None) -> None:
         """Let the balance take notice of a whole step.
 
         Args:
             values: The unweighted terms of the step, over all its parts.
-            progress: Where training was.
-            products: Dot products of the weighted terms' gradients, where they were measured.
+            products: Dot products of their gradients, where they were measured.
         """
-        weighted = torch.stack([values[t.name] * t.weight_at(progress) for t in self.terms])
         norms = None if products is None else products.diagonal().clamp_min(0).sqrt()
-        self.balance.observe(weighted, norms)
+        self.balance.observe(torch.stack([values[t.name] for t in self.terms]), norms)
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Count the valid positions of a batch, for each mask that a term may use."""
@@ -136,6 +135,10 @@ class Objective(nn.Module):
             mask = valid_positions(batch, key)
             if mask is not None:
                 counts[key] = float(mask.sum())
+        for term in self.terms:
+            own = _ignored(term)
+            if own is not None:
+                counts[own] = float((_labels(batch) != term.comparison.options[IGNORE]).sum())
         return counts
 
     def plan(self, student: Signal, teacher: Signal, batch: Batch) -> list[PlannedTerm]:
@@ -175,12 +178,13 @@ class Objective(nn.Module):
             read, target = _sides(term, student, teacher, batch)
             read = self._project(term, read, target)
             key = _mask_of(term, read, batch)
-            mask = None if key is None else valid_positions(batch, key)
-            if mask is not None and not term.reads_labels:
-                read, target = _blanked(read, mask), _blanked(target, mask)
+            mask = None if key is None else _valid(term, key, batch)
             with torch.autocast(_first(read).device.type, enabled=False):
-                supplied = self._supplied(term, read, target, batch)
-                values = term.comparison(read, target, progress=progress, mask=mask, **supplied)
+                supplied = {"progress": progress, **self._supplied(term, read, target, batch)}
+                if term.reads_labels:  # labels say themselves which of them count
+                    values = term.comparison(read, target, mask=mask, **supplied)
+                else:
+                    values = compare_valid(term.comparison, read, target, mask, **supplied)
             if values.ndim == 0:  # it describes the batch as a whole, and counts once per example
                 values = values.expand(batch_size(batch))
             mask = fitting(mask, values)
@@ -239,16 +243,6 @@ def _shape(side: Side) -> tuple[Any, ...]:
     return tuple(tuple(t.shape) for t in side) if isinstance(side, tuple) else tuple(side.shape)
 
 
-def _blanked(side: Side, mask: Tensor) -> Side:
-    """Zeros at masked positions, of every tensor that has these positions in front."""
-
-    def blanked(tensor: Tensor) -> Tensor:
-        is_square = tensor.ndim == 4 and tensor.shape[2] == tensor.shape[3]  # attention, with heads in front
-        return tensor if is_square or tensor.shape[: mask.ndim] != mask.shape else blank(tensor, mask)
-
-    return tuple(blanked(t) for t in side) if isinstance(side, tuple) else blanked(side)
-
-
 def _key(term: Term) -> str:
     """The name of a term's modules in the state dict, where dots have a meaning."""
     return term.name.replace("/", "//").replace(".", "/")
@@ -257,9 +251,24 @@ def _key(term: Term) -> str:
 def _mask_of(term: Term, read: Side, batch: Batch) -> str | None:
     """The entry of the batch that masks a term: the one it names, the labels' own, or the one whose shape fits."""
     if term.mask is None:
-        return LABELS if term.reads_labels else mask_key(_first(read).shape, batch)
+        own = mask_key(_first(read).shape, batch, of_logits=term.taps == (LOGITS,))
+        return (_ignored(term) or LABELS) if term.reads_labels else own
     _entry(batch, term.mask)
     return term.mask
+
+
+def _ignored(term: Term) -> str | None:
+    """The name, among masks, of the labels but for those that the term's own ``ignore_index`` leaves out."""
+    index = term.comparison.options.get(IGNORE) if term.reads_labels else None
+    return None if index is None else f"{LABELS} but {index}"
+
+
+def _valid(term: Term, key: str, batch: Batch) -> Tensor | None:
+    """The mask of a name; see `_mask_of`."""
+    if key != _ignored(term):
+        return valid_positions(batch, key)
+    known: Tensor = _labels(batch) != term.comparison.options[IGNORE]
+    return known
 
 
 def _labels(batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ from limbeck.recipe import LayerMatch, Places
 from limbeck.students.depth import count_layers, find_layers
 from limbeck.taps import Recorder, resolve
 from limbeck.teachers import ModuleInputs, record
+from limbeck.terms import Term
 from limbeck.types import Batch
 
 
@@ -32,6 +33,16 @@ def find_places(student: nn.Module, teacher: nn.Module, path: str | None) -> Pla
         )
     except ValueError:
         return Places(**modules)
+
+
+def expose_attention(terms: Iterable[Term], *models: nn.Module) -> None:
+    """Let transformers models return attention weights, where a term reads them; the faster kernels keep none."""
+    from transformers import PreTrainedModel
+
+    read = {tap.partition(".")[0] for term in terms for tap in (*term.taps, *term.teacher_taps)}
+    for model in models if "attentions" in read else ():
+        if isinstance(model, PreTrainedModel):
+            model.set_attn_implementation("eager")
 
 
 @torch.no_grad()

@@ -122,7 +122,9 @@ def _term_table(plan: Plan) -> Table:
     """One row for each term; the column of projections only where there are any."""
     projected = any(planned.term.project for planned in plan.terms)
     headings = ["term", "loss", "student", "teacher", "weight", *(["projection"] if projected else []), "at start"]
-    table = Table(*headings, box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    for heading in headings:
+        table.add_column(heading, overflow="fold")  # what learns from what must be readable, however narrow
     for planned in plan.terms:
         term = planned.term
         row = [term.name, term.loss_name, term.tap, term.teacher_tap, _weight(term)]

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from limbeck.matching import regex_pairs
 from limbeck.strict import Several, Strict, explain
 from limbeck.tasks import TaskOptions
-from limbeck.terms import Term, check_term_options, layer_pairs, share_of, spread
+from limbeck.terms import FOUND, Term, check_term_options, layer_pairs, share_of, spread
 from limbeck.train import Settings
 
 LAYERS = "layers"
@@ -26,9 +26,6 @@ MODULES = "modules"
 """The tap of a term that is spread over modules whose names belong together."""
 
 EXAMPLES = {"task": "name: glue/rte", "teacher": "model: PATH", "student": "layers: [1, 3]"}
-
-FOUND = ("cka", "emd")
-"""Layer maps that are found from data."""
 
 
 class TeacherSpec(Strict):
@@ -255,6 +252,7 @@ class Recipe(Strict):
         data = spelled_out(source)
         for change in changes:
             set_value(data, change)
+        data = spelled_out(data)
         try:
             return cls.model_validate(data)
         except ValidationError as error:

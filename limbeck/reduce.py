@@ -34,13 +34,23 @@ def per_position(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def fitting(mask: Tensor | None, values: Tensor) -> Tensor | None:
-    """The mask, or None where a loss used it inside and gives one value per example or fewer.
+    """The mask, or None where a loss gives one value for each example, or one for all, and used the mask inside.
+
+    Raises:
+        ValueError: the mask is of another batch or another length.
 
     Example:
         >>> fitting(torch.ones(2, 5), torch.zeros(2)) is None
         True
     """
-    return mask if mask is not None and values.shape[: mask.ndim] == mask.shape else None
+    if mask is None or values.ndim == 0 or (values.ndim < mask.ndim and values.shape == mask.shape[: values.ndim]):
+        return None
+    if values.shape[: mask.ndim] != mask.shape:
+        raise ValueError(
+            f"a mask of shape {tuple(mask.shape)} does not fit values of shape {tuple(values.shape)}; "
+            "it must match their first dimensions"
+        )
+    return mask
 
 
 def blank(tensor: Tensor, mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from limbeck.distiller import Distiller
 from limbeck.evaluate import count_parameters
 from limbeck.models import TeacherStore, check_lengths, fingerprint, load_model, make_student, save_model
 from limbeck.objective import PlannedTerm
-from limbeck.pairing import find_places, match_places
+from limbeck.pairing import expose_attention, find_places, match_places
 from limbeck.recipe import LayerMatch, Places, Recipe, plain_terms
 from limbeck.remember import SIGNALS, Memory, recall
 from limbeck.report import Report, write_report
@@ -296,7 +296,9 @@ class Run:
         places = find_places(student, teacher, self.recipe.student.path)
         if self.recipe.found_maps:
             places = self.matched(student, teacher, places)
-        return self.recipe.build_terms(places, self.regression)
+        terms = self.recipe.build_terms(places, self.regression)
+        expose_attention(terms, student, teacher)
+        return terms
 
     def matched(self, student: nn.Module, teacher: nn.Module, places: Places) -> Places:
         """The places with the pairs of layers that the recipe wants found; all seeds have those of the first."""

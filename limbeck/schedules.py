@@ -71,6 +71,8 @@ def piecewise(progress: float, *, points: Sequence[Sequence[float]], steps: bool
         >>> [piecewise(at, points=[[0.0, 4.0], [0.5, 2.0]]) for at in (0.0, 0.25, 1.0)]
         [4.0, 3.0, 2.0]
     """
+    if not all(isinstance(point, Sequence) and len(point) == 2 for point in points):
+        raise ValueError(f"piecewise takes points [progress, value] in order of progress, got {list(points)}")
     places = [float(place) for place, _ in points]
     values = [float(value) for _, value in points]
     if not places or places != sorted(places):
@@ -107,6 +109,10 @@ class Scheduled:
             raise ValueError(f"the schedule {self} is {value} at progress {progress:g}")
         return value
 
+    def lowest(self) -> float:
+        """The lowest value at a hundred and one places from the first step to the last."""
+        return min(self.at(place / 100) for place in range(101))
+
     def __repr__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
         return f"{self.base:g} x {getattr(self.function, '__name__', 'a function')}({options})"
@@ -120,7 +126,7 @@ def build_schedule(spec: Mapping[str, Any] | Callable[..., float]) -> Scheduled:
             ``(progress, *, options)``; ``base`` multiplies it and is 1 by default.
 
     Raises:
-        ValueError: an unknown name, or values that make no finite number at the start, half-way or at the end.
+        ValueError: an unknown name, or values that make no finite number somewhere.
         TypeError: an option that the schedule does not have.
 
     Example:
@@ -131,12 +137,16 @@ def build_schedule(spec: Mapping[str, Any] | Callable[..., float]) -> Scheduled:
     options: dict[str, Any] = {"schedule": spec} if callable(spec) else dict(spec)
     if "schedule" not in options:
         raise ValueError(f"a scheduled value is written {{schedule: name, base: 1.0}}, got {options}")
-    name, base = options.pop("schedule"), float(options.pop("base", 1.0))
+    name, base = options.pop("schedule"), options.pop("base", 1.0)
+    if isinstance(base, bool) or not isinstance(base, (int, float)):
+        raise ValueError(f"the base of a schedule is a number, got {base!r}")
     function = SCHEDULES.get(name) if isinstance(name, str) else name
     check_options(function, options, (), f"schedule {name if isinstance(name, str) else 'function'!r}")
     schedule = Scheduled(function, base, options)
-    for progress in (0.0, 0.5, 1.0):
-        schedule.at(progress)
+    try:
+        schedule.lowest()
+    except TypeError as error:
+        raise TypeError(f"the schedule {schedule} cannot be computed: {error}") from None
     return schedule
 
 
@@ -164,4 +174,6 @@ def value_at(value: Any, progress: float | None, what: str) -> Any:
         return value
     if progress is None:
         raise ValueError(f"the {what} follows {value}; pass progress=step / steps with each batch")
+    if not 0 <= progress <= 1:
+        raise ValueError(f"progress runs from 0 at the first step to 1 at the last, got {progress}")
     return value.at(progress)

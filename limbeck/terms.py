@@ -12,7 +12,7 @@ from torch import Tensor
 
 from limbeck.losses import LOSSES, Comparison, compare_by, traits_of
 from limbeck.losses.base import SUPPLIED
-from limbeck.losses.call import TransformSpec
+from limbeck.losses.call import TransformSpec, takes_several
 from limbeck.projectors import build_projector
 from limbeck.registry import nearest, refuse_unknown
 from limbeck.schedules import Scheduled, build_schedule, value_at
@@ -88,6 +88,10 @@ class Term:
         for spec in (*([project] if project else []), *learned.values()):
             build_projector(spec)
         taps, teacher_taps = _paired_taps(tap, teacher_tap)
+        if len(taps) > 1 and not takes_several(comparison.loss):
+            raise ValueError(f"loss {comparison.name!r} compares one place with one; make a term for each tap")
+        if mask is not None and not isinstance(mask, str):
+            raise ValueError(f"mask names an entry of the batch, got {mask!r}")
         own_name = comparison.name if taps == ("logits",) else f"{comparison.name}[{'+'.join(taps)}]"
         name = name or own_name
         fields = {
@@ -182,9 +186,11 @@ def _split_options(
 ) -> tuple[dict[str, Mapping[str, Any]], dict[str, str], dict[str, Any]]:
     """Tell what a loss learns and what it borrows of the teacher from its plain options."""
     traits = traits_of(LOSSES.get(loss) if isinstance(loss, str) else loss)
-    learned: dict[str, Mapping[str, Any]] = {
-        name: {**options.get(name, {}), "kind": kind} for name, kind in traits.learns.items()
-    }
+    learned: dict[str, Mapping[str, Any]] = {}
+    for name, kind in traits.learns.items():
+        if not isinstance(options.get(name, {}), Mapping):
+            raise TypeError(f"{name} is what the loss learns, and takes options {{...}}, got {options[name]!r}")
+        learned[name] = {**options.get(name, {}), "kind": kind}
     borrowed: dict[str, str] = {n: options[n] for n in traits.borrows if isinstance(options.get(n), str)}
     return learned, borrowed, {k: v for k, v in options.items() if k not in learned and k not in borrowed}
 
@@ -192,10 +198,10 @@ def _split_options(
 def _paired_taps(tap: Taps, teacher_tap: Taps | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if tap == LABELS:
         return ("logits",), (LABELS,)
-    taps = (tap,) if isinstance(tap, str) else tuple(tap)
+    taps = _texts(tap)
     if teacher_tap is None:
         return taps, taps
-    teacher_taps = (teacher_tap,) if isinstance(teacher_tap, str) else tuple(teacher_tap)
+    teacher_taps = _texts(teacher_tap)
     if len(teacher_taps) != len(taps):
         raise ValueError(
             f"{len(taps)} places of the student meet {len(teacher_taps)} of the teacher; name as many of both"
@@ -203,23 +209,32 @@ def _paired_taps(tap: Taps, teacher_tap: Taps | None) -> tuple[tuple[str, ...], 
     return taps, teacher_taps
 
 
+def _texts(tap: Taps) -> tuple[str, ...]:
+    taps = (tap,) if isinstance(tap, str) else tuple(tap) if isinstance(tap, Sequence) else ()
+    if not taps or not all(isinstance(text, str) for text in taps):
+        raise ValueError(f"a tap is the name of a place, or a list of them, got {tap!r}")
+    return taps
+
+
 def _checked_weight(weight: Weight, name: str) -> float | Scheduled:
     what = f"the weight of term {name!r}"
     if callable(weight) or isinstance(weight, Mapping):
         weight = build_schedule(weight)
     if not isinstance(weight, Scheduled):
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"{what} must be a finite number or a schedule, got {weight!r}")
         weight = float(weight)
-    for progress in (0.0, 0.5, 1.0):
-        value = value_at(weight, progress, what)
-        if value < 0:
-            when = f" at progress {progress:g}" if isinstance(weight, Scheduled) else ""
-            raise ValueError(f"{what} is {value:g}{when}, which pushes the student away; it must not be negative")
+    lowest = weight.lowest() if isinstance(weight, Scheduled) else weight
+    if lowest < 0:
+        when = f" at its lowest ({weight})" if isinstance(weight, Scheduled) else ""
+        raise ValueError(f"{what} is {lowest:g}{when}, which pushes the student away; it must not be negative")
     return weight
 
 
 LayerMap = str | Sequence[tuple[int, int]]
+
+FOUND = ("cka", "emd")
+"""Layer maps that a run finds from data; see `limbeck.matching`."""
 
 
 def layer_pairs(layers: LayerMap, student: int, teacher: int) -> list[tuple[int, int]]:
@@ -277,6 +292,7 @@ def spread(
     tap: Taps,
     teacher_tap: Taps,
     pairs: Sequence[tuple[int, int]],
+    /,  # a loss may have an option `pairs`
     *,
     name: str,
     weight: Weight = 1.0,
@@ -349,7 +365,8 @@ def self_distillation(
             but the last learns from the last. A group is a kind of place: logits, features before the head.
         loss: The loss of all groups; for several kinds of places call this once for each.
         weight: Weight of each group, shared out over its earlier exits.
-        labels: A loss with which every exit also learns the labels, ``"cross_entropy"``; None for none.
+        labels: A loss with which every exit, the last one too, also learns the labels, ``"cross_entropy"``. None
+            for none; the last exit then learns from other terms, or not at all.
         name: The terms are called ``self.exit1.fc``, and ``self.exit1.fc.labels``.
         **arguments: What else `Term` takes: ``temperature``, ``project``.
 
@@ -365,12 +382,14 @@ def self_distillation(
     """
     terms = []
     for group in exits:
+        if isinstance(group, str):
+            raise ValueError(f"exits come in groups, [[{group!r}, ...]], got {list(exits)}")
         if len(group) < 2:
             raise ValueError(f"a group of exits needs two taps or more, from shallow to deep, got {list(group)}")
         *earlier, last = group
         for tap in earlier:
             part = share_of(weight, 1 / len(earlier))
             terms.append(Term(tap, last, loss=loss, weight=part, name=f"{name}.{tap}", **arguments))
-            if labels is not None:
-                terms.append(Term(tap, LABELS, loss=labels, name=f"{name}.{tap}.{LABELS}"))
+        if labels is not None:
+            terms += [Term(tap, LABELS, loss=labels, name=f"{name}.{tap}.{LABELS}") for tap in group]
     return terms

@@ -45,7 +45,7 @@ class Output:
         logits: The student's logits, or None where the student has none.
         terms: The unweighted value of each term by name, detached scalars.
         weights: What each term was multiplied by, schedules and balance included.
-        gradients: Dot products of the weighted terms' gradients in the student, (terms, terms), where they were
+        gradients: Dot products of the unweighted terms' gradients in the student, (terms, terms), where they were
             measured.
 
     Example:

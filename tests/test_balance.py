@@ -1,3 +1,6 @@
+import copy
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -29,11 +32,17 @@ def gradients(module):
     return torch.cat([p.grad.flatten() for p in module.student.parameters()])
 
 
+def unweighted(term):
+    alone = copy.copy(term)
+    object.__setattr__(alone, "weight", 1.0)
+    return alone
+
+
 def separate_gradients(module, batch):
-    """Each weighted term's gradient, one backward pass at a time, by another way than the balance's."""
+    """Each unweighted term's gradient, one backward pass at a time, by another way than the balance's."""
     found = []
     for term in module.terms:
-        alone = Distiller(module.student, module.teacher, [term])
+        alone = Distiller(module.student, module.teacher, [unweighted(term)])
         module.student.zero_grad()
         alone(*batch).loss.backward()
         found.append(gradients(module).clone())
@@ -64,6 +73,11 @@ def test_interference_says_shares_and_cosines():
     shares, cosines = interference(products)
     assert shares == pytest.approx([3 / (3 + 2**0.5), 2**0.5 / (3 + 2**0.5)])
     assert cosines == pytest.approx([-(0.5**0.5)] * 2)
+
+
+def test_weights_count_in_what_is_said():
+    shares, cosines = interference(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), [3.0, 1.0])
+    assert (shares, cosines) == ([0.75, 0.25], [0.0, 0.0])
 
 
 def test_a_term_without_gradient_has_no_share():
@@ -110,8 +124,8 @@ def test_matched_scale_brings_every_term_to_the_reference():
     module(*batch)
     out = module(*batch)
     parts = {name: (out.weights[name] * out.terms[name]).item() for name in NAMES}
-    assert parts["kd"] == pytest.approx(parts["labels"], rel=1e-5)
-    assert parts["labels"] == pytest.approx(0.5 * out.terms["labels"].item(), rel=1e-5)
+    assert parts["labels"] == pytest.approx(0.5 * out.terms["labels"].item(), rel=1e-5)  # its own weight
+    assert parts["kd"] == pytest.approx(1.0 * out.terms["labels"].item(), rel=1e-5)  # that of kd, on the same size
 
 
 def test_gradient_norm_brings_every_gradient_to_the_reference():
@@ -127,6 +141,7 @@ def test_running_sizes_follow_slowly():
     balance = build_balance({"kind": "matched_scale", "momentum": 0.75}, NAMES)
     balance.observe(torch.tensor([2.0, 4.0]))
     balance.observe(torch.tensor([6.0, 0.0]))
+    balance.observe(torch.tensor([math.nan, math.inf]))  # is left out
     assert balance.sizes.tolist() == [3.0, 3.0]
     assert balance.factors().tolist() == [1.0, 1.0]
 
@@ -144,6 +159,9 @@ def test_a_term_at_zero_is_left_alone():
         ({"kind": "matched_scale", "reference": "kt"}, ValueError, "'kt' is no term; known: kd, labels"),
         ({"kind": "static", "every": 3}, TypeError, "balance 'static' has no option 'every'"),
         ({"kind": "gradient_norm", "every": 0}, ValueError, "every=0"),
+        ({"kind": "gradient_norm", "every": 2.5}, ValueError, r"every=2\.5"),
+        (3, ValueError, "a balance is a name or .*, got 3"),
+        ({"kind": "matched_scale", "momentum": "x"}, ValueError, "got 'x'"),
         ({"kind": "matched_scale", "momentum": 1.0}, ValueError, "lies in"),
     ],
 )
@@ -207,8 +225,32 @@ def test_gradients_are_measured_every_few_steps_on_request():
         assert all(-1.0 <= value <= 1.0 for value in gradients["cosine"].values())
 
 
-def test_measuring_changes_no_weight():
-    assert torch.equal(state(trained("static")[0]), state(trained("static", gradients_every=3)[0]))
+@pytest.mark.parametrize("kind", ["static", {"kind": "gradient_norm", "every": 4}])
+def test_measuring_changes_no_weight(kind):
+    assert torch.equal(state(trained(kind)[0]), state(trained(kind, gradients_every=3)[0]))
+
+
+def test_a_weight_that_comes_back_from_zero_is_what_it_says():
+    weights = {"schedule": "piecewise", "points": [[0.0, 1.0], [0.4, 0.0], [0.6, 0.0], [1.0, 1.0]]}
+    seen = []
+
+    class Watch(Callback):
+        def on_log(self, state):
+            seen.append(state.weights["kd"])
+
+    inputs, labels = points(32)
+    data = [{"input": x, "labels": y} for x, y in zip(inputs, labels, strict=True)]
+    module = distiller({"kind": "matched_scale", "reference": "labels"}, weight=weights)
+    fit(
+        module, data, None, Settings(steps=30, batch_size=32, log_every=1, learning_rate=1e-3), callbacks=[Watch()]
+    )
+    assert max(seen) < 100 * max(seen[1], 1.0)
+
+
+def test_another_balance_does_not_go_on_from_a_checkpoint(tmp_path):
+    trained({"kind": "matched_scale", "momentum": 0.9}, tmp_path, stop=8)
+    with pytest.raises(ValueError, match=r"balance is .* there and .* here"):
+        trained({"kind": "matched_scale", "momentum": 0.5}, tmp_path)
 
 
 def test_a_scheduled_weight_runs_from_the_first_step_to_the_last():

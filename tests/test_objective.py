@@ -271,7 +271,6 @@ def test_earlier_exits_learn_from_the_last():
     student = Exits()
     twin = copy.deepcopy(student)
     terms = self_distillation([["exit", "head"]], temperature=3.0, labels="cross_entropy")
-    terms.append(Term("labels", loss="cross_entropy", weight=0.5))
     inputs, labels = points()
     out = Distiller(student, Self(), terms)(inputs, labels)
     out.loss.backward()
@@ -282,7 +281,7 @@ def test_earlier_exits_learn_from_the_last():
         (shallow / 3).log_softmax(-1), (deep.detach() / 3).softmax(-1), reduction="batchmean"
     )
     ce = nn.functional.cross_entropy
-    expected = kd + ce(shallow, labels) + 0.5 * ce(deep, labels)
+    expected = kd + ce(shallow, labels) + ce(deep, labels)
     expected.backward()
     torch.testing.assert_close(out.loss, expected)
     for ours, theirs in zip(student.parameters(), twin.parameters(), strict=True):

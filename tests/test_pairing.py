@@ -121,3 +121,29 @@ def test_a_run_with_weights_and_temperatures_that_change(tmp_path):
     assert "linear_decay" in (tmp_path / "run" / "report.html").read_text()
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert sum("gradients" in line for line in lines if line["stage"] == "student-0") == 2
+
+
+def test_a_run_reads_attention_and_relations_by_pairs(tmp_path):
+    tiny.save_encoder(tmp_path / "teacher", num_hidden_layers=2)
+    tiny.table().to_csv(tmp_path / "data.csv", index=False)
+    inside = ["attention.self.query", "attention.self.key"]
+    relations = {"tap": "layers", "inside": inside, "loss": "qkv_relation", "relation_heads": 2, "pairs": ["qk"]}
+    recipe = {
+        "task": {"name": "table", "data": str(tmp_path / "data.csv"), "text": ["text"], "label": "label"},
+        "teacher": {"model": str(tmp_path / "teacher"), "training": {"steps": 1}},
+        "student": {"layers": [1]},
+        "terms": {
+            "relations": relations,
+            "attention": {
+                "tap": "attentions.0",
+                "teacher_tap": "attentions.1",
+                "loss": "attention_kl",
+                "of": "probabilities",
+            },
+            "labels": {"tap": "labels", "loss": "cross_entropy"},
+        },
+        "training": {"steps": 2},
+        "store": str(tmp_path / "store"),
+    }
+    report = limbeck.distill(recipe, tmp_path / "run")
+    assert [row["name"] for row in report.plan] == ["relations.0", "attention", "labels"]

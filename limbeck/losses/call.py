@@ -10,10 +10,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from limbeck.losses.base import LOSSES, SUPPLIED, traits_of
-from limbeck.losses.transforms import Transform, build_temperature, build_transform
-from limbeck.reduce import fitting, reduce
+from limbeck.losses.transforms import OwnTemperature, Transform, build_temperature, build_transform
+from limbeck.reduce import blank, fitting, reduce
 from limbeck.registry import check_options
-from limbeck.schedules import build_schedule, is_schedule, value_at
+from limbeck.schedules import Scheduled, build_schedule, is_schedule, value_at
+from limbeck.types import EXAMPLE_ID, IGNORE_INDEX
 
 Side = Tensor | tuple[Tensor, ...]
 """What a loss reads of one model: a tensor, or several from several places."""
@@ -66,10 +67,7 @@ class Comparison:
             mask: Positions that count, likewise.
             **supplied: What else the loss asks for.
         """
-        for transform in self.steps:
-            assert isinstance(student, Tensor)
-            assert isinstance(teacher, Tensor)
-            student, teacher = transform(student, teacher, labels)
+        student, teacher = self._transformed(student, teacher, labels)
         options = {k: value_at(v, progress, f"{k} of {self.name}") for k, v in self.options.items()}
         if callable(options.get("temperature")):
             options["temperature"] = options["temperature"](student, teacher, mask)
@@ -78,6 +76,15 @@ class Comparison:
         if "mask" in self.asks:
             supplied["mask"] = mask
         return self.loss(student, teacher, **options, **supplied)
+
+    def _transformed(self, student: Side, teacher: Side, labels: Tensor | None) -> tuple[Side, Side]:
+        for transform in self.steps:
+            if isinstance(student, tuple) or isinstance(teacher, tuple):
+                raise ValueError("transforms are for logits, and this term reads several places; drop transforms")
+            student, teacher = transform(student, teacher, labels)
+        if isinstance(student, tuple) and not takes_several(self.loss):
+            raise ValueError(f"loss {self.name!r} compares one place with one, got {len(student)}; name one tap")
+        return student, teacher
 
     def _known(self, labels: Tensor | None) -> Tensor | None:
         if labels is None and inspect.signature(self.loss).parameters["labels"].default is inspect.Parameter.empty:
@@ -88,6 +95,58 @@ class Comparison:
         shown = [f"{k}={v!r}" for k, v in self.options.items()]
         shown += [f"transforms={list(self.transforms)!r}"] if self.transforms else []
         return ", ".join([self.name, *shown])
+
+
+def compare_valid(
+    comparison: Comparison, student: Side, teacher: Side, mask: Tensor | None, **supplied: Any
+) -> Tensor:
+    """Compare two sides where a mask says that they count; nothing of the rest gets into a value or a gradient.
+
+    Examples that do not count, by a mask (B,), are left out of the comparison altogether: a loss that relates the
+    examples of a batch must not see them. At positions that do not count, by a mask (B, L), both sides are zero.
+
+    Args:
+        comparison: The loss.
+        student: What was read of the student.
+        teacher: What was read of the teacher.
+        mask: (B,) or (B, L), or None where all count.
+        **supplied: What else the loss asks for; see `Comparison`.
+
+    Returns:
+        The values of all positions; 0 for examples that were left out.
+    """
+    if mask is None:
+        return comparison(student, teacher, mask=None, **supplied)
+    if mask.ndim > 1:
+        return comparison(blanked(student, mask), blanked(teacher, mask), mask=mask, **supplied)
+    first = student[0] if isinstance(student, tuple) else student
+    if mask.shape != first.shape[:1]:
+        raise ValueError(f"a mask of shape {tuple(mask.shape)} does not fit a batch of {len(first)} examples")
+    keep = mask != 0
+    if not keep.any():
+        return blank(first.reshape(len(first), -1), keep).sum(dim=-1)  # zeros, with a gradient of zeros
+    batch = {
+        key: value for key, value in supplied.items() if isinstance(value, Tensor) and len(value) == len(keep)
+    }
+    kept = {**supplied, **{key: value[keep] for key, value in batch.items()}}
+    values = comparison(_rows(student, keep), _rows(teacher, keep), mask=None, **kept)
+    if values.ndim == 0:
+        return values
+    return values.new_zeros(len(keep), *values.shape[1:]).index_put((keep.nonzero().flatten(),), values)
+
+
+def blanked(side: Side, mask: Tensor) -> Side:
+    """Zeros at masked positions (B, L), of every tensor that has these positions in front."""
+
+    def of(tensor: Tensor) -> Tensor:
+        is_square = tensor.ndim == 4 and tensor.shape[2] == tensor.shape[3]  # attention, with heads in front
+        return tensor if is_square or tensor.shape[: mask.ndim] != mask.shape else blank(tensor, mask)
+
+    return tuple(of(t) for t in side) if isinstance(side, tuple) else of(side)
+
+
+def _rows(side: Side, keep: Tensor) -> Side:
+    return tuple(t[keep] for t in side) if isinstance(side, tuple) else side[keep]
 
 
 def compare_by(
@@ -123,11 +182,30 @@ def compare_by(
     return Comparison(name, function, _built(options), written, _asked_for(function), steps)
 
 
+def takes_several(function: Callable[..., Tensor]) -> bool:
+    """Whether a loss takes tuples of tensors, by its signature; one that does not say may.
+
+    Example:
+        >>> takes_several(LOSSES.get("fsp")), takes_several(LOSSES.get("mse"))
+        (True, False)
+    """
+    first = next(iter(inspect.signature(function).parameters.values()), None)
+    return first is None or first.annotation not in (Tensor, "Tensor")
+
+
 def _built(options: Mapping[str, Any]) -> dict[str, Any]:
     built = {key: build_schedule(value) if is_schedule(value) else value for key, value in options.items()}
     temperature = built.get("temperature")
+    if callable(temperature) and not isinstance(temperature, OwnTemperature):  # of progress, as a weight may be
+        built["temperature"] = temperature = build_schedule(temperature)
+    if isinstance(temperature, Mapping) and any(is_schedule(value) for value in temperature.values()):
+        raise ValueError(f"the options of each example's own temperature cannot be scheduled, got {temperature}")
     if isinstance(temperature, (str, Mapping)):
         built["temperature"] = build_temperature(temperature)
+    if isinstance(temperature, Scheduled) and temperature.lowest() <= 0:
+        raise ValueError(
+            f"a temperature must be positive, and {temperature} goes down to {temperature.lowest():g}"
+        )
     return built
 
 
@@ -156,10 +234,12 @@ def evaluate(
         teacher: What it is compared with.
         reduction: ``"mean"`` over valid positions, ``"sum"`` over them, or ``"batchmean"``: the sum divided by
             the number of examples.
-        mask: (B,) or (B, L), 0 where a position does not count; it is also given to a loss that asks for one.
+        mask: (B,) or (B, L), 0 where a position does not count; it is also given to a loss that asks for one. By
+            default the positions with a label count, where there are labels for positions.
         transforms: See `compare_by`.
         progress: Where training is, from 0 to 1, for scheduled options.
-        **options: Options of the loss, and the ``labels`` or ``example_id`` that it asks for.
+        **options: Options of the loss, and the ``labels`` or ``example_id`` that it asks for. Where it asks for
+            no labels, those of positions are its mask.
 
     Returns:
         A scalar.
@@ -176,8 +256,27 @@ def evaluate(
     """
     supplied = {key: options.pop(key) for key in (*SUPPLIED, *_brought(name)) if key in options}
     comparison = compare_by(name, transforms=transforms, given=tuple(supplied), **options)
-    values = comparison(student, teacher, progress=progress, mask=mask, **supplied)
+    labels = supplied.get("labels")
+    if EXAMPLE_ID in supplied and EXAMPLE_ID not in comparison.asks:
+        raise TypeError(f"loss {comparison.name!r} has no option {EXAMPLE_ID!r}; leave it out")
+    values = compare_valid(comparison, student, teacher, mask, progress=progress, **supplied)
+    if mask is None:
+        mask = _labelled(teacher if labels is None else labels, values, options.get("ignore_index"))
+        if labels is not None and mask is None and not ("labels" in comparison.asks or comparison.steps):
+            raise TypeError(
+                f"loss {comparison.name!r} reads no labels, and those of shape {tuple(labels.shape)} are no mask "
+                f"for values of shape {tuple(values.shape)}; leave them out"
+            )
     return reduce(values, fitting(mask, values), reduction)
+
+
+def _labelled(labels: Side, values: Tensor, ignore_index: Any) -> Tensor | None:
+    """Which positions have a label, where these are labels of positions: class indices, or numbers to predict."""
+    if isinstance(labels, tuple) or labels.shape != values.shape:
+        return None
+    if ignore_index is None and labels.is_floating_point():
+        return None
+    return labels != (IGNORE_INDEX if ignore_index is None else ignore_index)
 
 
 def _brought(loss: str | Callable[..., Tensor]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, distributed
 
 from limbeck.projectors.base import PROJECTORS, Projector, Shapes, single
 from limbeck.projectors.layers import Affine
@@ -20,8 +20,8 @@ class ContrastiveMemory(Projector):
     """Two banks of embeddings, the student's and the teacher's, a row for each training example.
 
     It has what `limbeck.losses.contrastive.Memory` asks for. Its own state is its banks and normalizers, buffers
-    that are saved; with a `width` it also trains a linear embedding for each side. Each process has its own
-    memory of the examples that it saw, unless something else brings the buffers together.
+    that are saved; with a `width` it also trains a linear embedding for each side. All ranks remember what any of
+    them saw. What a batch meets depends on those before it, so micro-batches do not give the update of a whole.
 
     Args:
         examples: N; ids of examples are 0 to N - 1.
@@ -109,8 +109,9 @@ class ContrastiveMemory(Projector):
         )
         normalizers = self._normalized(likely)
         if self.training:
-            self._remember(self.student_bank, ours.detach(), example_id)
-            self._remember(self.teacher_bank, theirs.detach(), example_id)
+            ids = everywhere(example_id)
+            self._remember(self.student_bank, everywhere(ours.detach()), ids)
+            self._remember(self.teacher_bank, everywhere(theirs.detach()), ids)
         return likely[0] / normalizers[0], likely[1] / normalizers[1]
 
     def draw(self, example_id: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ class ContrastiveMemory(Projector):
 
     def _normalized(self, likely: tuple[Tensor, Tensor]) -> Tensor:
         """The normalizers, from this batch where there are none yet; training fixes them."""
-        fresh = torch.stack([self.examples * values.detach().mean() for values in likely])
+        fresh = torch.stack([self.examples * everywhere(values.detach()).mean() for values in likely])
         normalizers = torch.where(self.normalizers == 0, fresh.to(self.normalizers), self.normalizers)
         if self.training:
             self.normalizers.copy_(normalizers)
@@ -157,3 +158,18 @@ def similarities(rows: Tensor, bank: Tensor, candidates: Tensor) -> Tensor:
     if len(bank) < candidates.numel():
         return (rows @ bank.to(rows.dtype, copy=True).mT).gather(1, candidates)
     return torch.einsum("be,bke->bk", rows, bank[candidates].to(rows.dtype))
+
+
+def everywhere(rows: Tensor) -> Tensor:
+    """The rows (N, ...) of all ranks, one after the other; those of this process where it is alone."""
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return rows
+    world = distributed.get_world_size()
+    counts = [torch.zeros((), dtype=torch.long, device=rows.device) for _ in range(world)]
+    distributed.all_gather(counts, torch.tensor(len(rows), device=rows.device))
+    longest = max(int(count) for count in counts)
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    distributed.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])

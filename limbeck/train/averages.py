@@ -25,7 +25,8 @@ class StepTotals:
         """Add a micro-batch; gradients are measured in the first of them."""
         for name, value in output.terms.items():
             self.values[name] = self.values[name] + value * share if name in self.values else value * share
-        self.products = output.gradients if self.products is None else self.products
+        if self.products is None and output.gradients is not None:
+            self.products = output.gradients * share
 
     def everywhere(self, accelerator: Any) -> tuple[dict[str, Tensor], Tensor | None]:
         """The same over all ranks: terms are summed as DDP does it, gradients are averaged."""

@@ -225,26 +225,28 @@ class _Training:
         state.learning_rate = settings.learning_rate * factor
         state.examples += step.examples
         self.averages.steps += 1
-        self._observe(observed, progress)
+        self._observe(observed)
 
     def _measures(self) -> bool:
         """Whether this step measures the terms' gradients, for the log or for the balance."""
         wishes = (self.settings.gradients_every, self.distiller.objective.balance.every)
         return any(every is not None and self.state.step % every == 0 for every in wishes)
 
-    def _observe(self, totals: StepTotals, progress: float) -> None:
+    def _observe(self, totals: StepTotals) -> None:
         """Let the balance and the log know what this step was, over all micro-batches and ranks."""
-        objective, every = self.distiller.objective, self.settings.gradients_every
-        if not objective.balance.observes and totals.products is None:
+        balance, step = self.distiller.objective.balance, self.state.step - 1
+        if not balance.observes and totals.products is None:
             return
         values, products = totals.everywhere(self.accelerator)
-        objective.observe(values, progress, products)
-        if products is not None and every is not None and (self.state.step - 1) % every == 0:
-            shares, cosines = interference(products)
-            names = [t.name for t in objective.terms]
+        its_turn = balance.every is not None and step % balance.every == 0
+        self.distiller.objective.observe(values, products if its_turn else None)
+        every = self.settings.gradients_every
+        if products is not None and every is not None and step % every == 0:
+            weights = [float(weight) for weight in self.state.weights.values()]
+            shares, cosines = interference(products, weights)
             self.state.gradients = {
-                "share": dict(zip(names, shares, strict=True)),
-                "cosine": dict(zip(names, cosines, strict=True)),
+                "share": dict(zip(self.state.weights, shares, strict=True)),
+                "cosine": dict(zip(self.state.weights, cosines, strict=True)),
             }
             self._call("on_gradients")
 

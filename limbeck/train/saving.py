@@ -45,7 +45,7 @@ def identity(
     return {
         **{f"settings.{name}": value for name, value in chosen.items()},
         **terms,
-        "balance": type(distiller.objective.balance).__name__,
+        "balance": str(distiller.objective.balance_spec),
         "batches per epoch": batches,
         "steps": total_steps,
         "ranks": world,
