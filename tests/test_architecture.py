@@ -33,6 +33,7 @@ LAYERS = [
     "models summary pairing remember",
     "run",
     "progress testing",
+    "cli_cache",
     "cli",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

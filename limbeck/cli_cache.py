@@ -1,0 +1,61 @@
+"""``limbeck cache``: looking after what teachers said. `limbeck.cli` adds these commands to its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(help="Look after kept signals of a teacher.", no_args_is_help=True)
+console = Console()
+
+Folder = Annotated[Path, typer.Argument(help="A folder that a recipe named as its cache.")]
+
+
+@app.command()
+def info(folder: Folder) -> None:
+    """Say what is kept, of which teacher, and how large it is."""
+    from limbeck.cache import Store, read_manifest
+
+    belongs = read_manifest(folder)
+    store = Store(belongs, folder)
+    console.print(f"{folder}: {len(store):,} examples in {len(store.shards)} shards, {store.nbytes():,} bytes")
+    for tap in sorted(store.taps()):
+        console.print(f"  {tap}, kept by {store.kind(tap)}", highlight=False)
+    for field, value in belongs.items():
+        console.print(f"  {field}: {value}", highlight=False)
+
+
+@app.command()
+def verify(folder: Folder) -> None:
+    """Read every byte, and say what is damaged; the exit status is 1 if anything is."""
+    from limbeck.cache import verify as find_damage
+
+    wrong = find_damage(folder)
+    console.print("\n".join(wrong) if wrong else f"{folder} is whole", highlight=False)
+    if wrong:
+        console.print(f"limbeck cache prune {folder} removes it; a run computes it anew", highlight=False)
+        raise typer.Exit(1)
+
+
+@app.command()
+def prune(folder: Folder) -> None:
+    """Delete what is damaged, was not finished, or stands twice."""
+    from limbeck.cache import prune as delete
+
+    gone = delete(folder)
+    console.print("\n".join(f"deleted {name}" for name in gone) if gone else "nothing to delete", highlight=False)
+
+
+@app.command()
+def merge(
+    target: Annotated[Path, typer.Argument(help="A new folder, or a cache to add to.")],
+    sources: Annotated[list[Path], typer.Argument(help="Caches of one and the same teacher.")],
+) -> None:
+    """Bring several caches of one teacher together."""
+    from limbeck.cache import merge as bring
+
+    came = bring(target, sources)
+    console.print(f"{came} shards came into {target}", highlight=False)
