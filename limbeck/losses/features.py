@@ -410,7 +410,7 @@ def softmax_regression(
         teacher: The teacher's features (..., D).
         head: The teacher's classifier, from (..., D) to logits (..., C). The gradient passes through it into the
             student's features; its own weights are frozen by the caller.
-        kind: How the logits are compared: `mse`, or `soft_cross_entropy` at temperature 1.
+        kind: How the logits are compared: ``"mse"``, or ``"cross_entropy"`` with the teacher's probabilities.
 
     Returns:
         One value per position, (...).

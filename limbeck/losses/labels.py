@@ -37,29 +37,32 @@ def all_within(values: Tensor, lowest: float, highest: float) -> bool:
     return bool(least >= lowest) and bool(most <= highest)
 
 
-def known_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+def known_labels(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, Tensor | None]:
     """Class indices that can be looked up in the last dimension of `logits`, and where they count.
 
     Args:
         logits: (..., C).
-        labels: Class indices (...,), -100 where there is none.
+        labels: Class indices (...,).
+        ignore_index: The label of a position that has none.
 
     Returns:
-        The indices, 0 in the place of -100, and True where there is a label, both (...,); None for the latter
+        The indices, 0 where there is none, and True where there is a label, both (...,); None for the latter
         where every position is known to have one.
 
     Raises:
-        ValueError: the shapes do not belong together, or a label is outside the classes. (An accelerator is not
-            asked for the latter, since it would have to wait; it fails by itself when it looks the label up.)
+        ValueError: the shapes do not belong together, the labels are no indices, or one is outside the classes. (Of
+            the last an accelerator is not asked, since it would have to wait; it fails when it looks it up.)
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}; "
             "there must be one class index per position"
         )
-    if all_within(labels, 0, logits.shape[-1] - 1):
+    if labels.is_floating_point():
+        raise ValueError(f"labels are class indices, whole numbers, and these are {labels.dtype}; convert them")
+    if not 0 <= ignore_index < logits.shape[-1] and all_within(labels, 0, logits.shape[-1] - 1):
         return labels.long(), None
-    counts = labels != IGNORE_INDEX
+    counts = labels != ignore_index
     index = torch.where(counts, labels, torch.zeros_like(labels)).long()
     if labels.device.type == "cpu":
         outside = index[(index < 0) | (index >= logits.shape[-1])]
@@ -92,15 +95,18 @@ def _checked_smoothing(label_smoothing: float) -> None:
 
 
 @loss
-def cross_entropy(student: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    student: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
     r"""Cross-entropy of the student against class indices.
 
     .. math:: -(1 - \varepsilon) \log q_y - \tfrac{\varepsilon}{C} \sum_c \log q_c
 
     Args:
         student: Logits (B, C) or (B, L, C). A class at minus infinity is not there: C does not count it.
-        labels: Class indices (B,) or (B, L); a position with label -100 gives 0.
+        labels: Class indices (B,) or (B, L).
         label_smoothing: ε, the share of the target spread evenly over all classes.
+        ignore_index: The label of a position that has none; it gives 0.
 
     Returns:
         One value in nats per position, (B,) or (B, L).
@@ -118,7 +124,7 @@ def cross_entropy(student: Tensor, labels: Tensor, *, label_smoothing: float = 0
         infinity and ε is not 0.
     """
     _checked_smoothing(label_smoothing)
-    index, counts = known_labels(student, labels)
+    index, counts = known_labels(student, labels, ignore_index)
     if not label_smoothing or finite(student):
         return zero_unless(counts, cross_entropy_at(student, index, label_smoothing))
     log_q, there = torch.log_softmax(full_precision(student), dim=-1), ~student.isneginf()
@@ -133,7 +139,8 @@ def binary_cross_entropy(
     labels: Tensor,
     *,
     label_smoothing: float = 0.0,
-    reduction: Literal["mean", "sum"] = "mean",
+    classes: Literal["mean", "sum"] = "mean",
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     r"""Cross-entropy of each class on its own, where an example may belong to several (multi-label).
 
@@ -141,16 +148,17 @@ def binary_cross_entropy(
 
     Args:
         student: Logits (..., C).
-        labels: 0 or 1, or a probability between, for each class (..., C); an entry of -100 is not known and
-            does not count. A position without any known entry gives 0.
+        labels: 0 or 1, or a probability between, for each class (..., C). A position without any known entry
+            gives 0.
         label_smoothing: ε; the target is y (1 - ε) + ε / 2.
-        reduction: ``"mean"`` or ``"sum"`` over the known classes of a position.
+        classes: ``"mean"`` or ``"sum"`` over the known classes of a position.
+        ignore_index: An entry of `labels` that is not known and does not count.
 
     Returns:
         One value in nats per position, (...).
 
     Raises:
-        ValueError: the shapes differ, a label is no probability, ε is outside [0, 1], or another reduction.
+        ValueError: the shapes differ, a label is no probability, ε is outside [0, 1], or `classes` is another.
 
     Example:
         >>> import torch
@@ -167,42 +175,42 @@ def binary_cross_entropy(
             f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(student.shape)}; "
             "binary_cross_entropy takes a 0 or 1 for each class"
         )
-    student, (target, known) = full_precision(student), _known_targets(labels.detach())
+    student, (target, known) = full_precision(student), _known_targets(labels.detach(), ignore_index)
     target = target.to(student.dtype)
     if label_smoothing:
         target = target * (1 - label_smoothing) + label_smoothing / 2
     if finite(student):
-        return over_classes(
-            F.binary_cross_entropy_with_logits(student, target, reduction="none"), known, reduction
-        )
+        return over_classes(F.binary_cross_entropy_with_logits(student, target, reduction="none"), known, classes)
     yes, no = F.logsigmoid(student), F.logsigmoid(-student)
     yes, no = zero_unless(target != 0, yes), zero_unless(target != 1, no)  # 0 · log 0 is 0
-    return over_classes(-(target * yes + (1 - target) * no), known, reduction)
+    return over_classes(-(target * yes + (1 - target) * no), known, classes)
 
 
-def _known_targets(labels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Labels from 0 to 1 with 0 in the place of -100, and where they are known; None where all are."""
-    if all_within(labels, 0, 1):
+def _known_targets(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+    """Labels from 0 to 1 with 0 where they are not known, and where they are; None where all are known."""
+    if not 0 <= ignore_index <= 1 and all_within(labels, 0, 1):
         return labels, None
-    known = labels != IGNORE_INDEX
+    known = labels != ignore_index
     target = zero_unless(known, labels)
     if target.device.type == "cpu" and ((target < 0) | (target > 1)).any():
-        raise ValueError("binary_cross_entropy takes labels from 0 to 1, and -100 for what is not known")
+        raise ValueError(
+            f"binary_cross_entropy takes labels from 0 to 1, and {ignore_index} for what is not known"
+        )
     return target, known
 
 
-def over_classes(values: Tensor, there: Tensor | None, reduction: str) -> Tensor:
+def over_classes(values: Tensor, there: Tensor | None, classes: str) -> Tensor:
     """Average or add up over the last dimension those values that are there; 0 where none is, None where all are.
 
     Raises:
-        ValueError: a reduction other than ``"mean"`` and ``"sum"``.
+        ValueError: another word than ``"mean"`` and ``"sum"``.
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"unknown reduction {reduction!r} over the classes; known: mean, sum")
+    if classes not in ("mean", "sum"):
+        raise ValueError(f"classes are taken by 'mean' or 'sum', got {classes!r}")
     total = zero_unless(there, values).sum(dim=-1)
     if there is None:
-        return total if reduction == "sum" else total / max(values.shape[-1], 1)
-    return total if reduction == "sum" else total / there.sum(dim=-1).clamp(min=1)
+        return total if classes == "sum" else total / max(values.shape[-1], 1)
+    return total if classes == "sum" else total / there.sum(dim=-1).clamp(min=1)
 
 
 @loss

@@ -98,7 +98,7 @@ def binary_kl(
     teacher: Tensor,
     *,
     temperature: float | Tensor = 1.0,
-    reduction: Literal["sum", "mean"] = "sum",
+    classes: Literal["sum", "mean"] = "sum",
 ) -> Tensor:
     r"""Forward KL of each class on its own, where an example may belong to several (multi-label).
 
@@ -108,13 +108,13 @@ def binary_kl(
         student: Logits (..., C), of a sigmoid each.
         teacher: Logits (..., C). A class at minus infinity on both sides is not there.
         temperature: T, softens both sides; T² keeps the gradient's size, as in `forward_kl`.
-        reduction: ``"sum"`` over the classes, which is the divergence of all together, or ``"mean"``.
+        classes: ``"sum"`` over the classes, which is the divergence of all together, or ``"mean"``.
 
     Returns:
         One value in nats (times T²) per position, (...). Zero where teacher equals student.
 
     Raises:
-        ValueError: the shapes differ, the temperature is not positive, or another reduction.
+        ValueError: the shapes differ, the temperature is not positive, or another word for `classes`.
 
     Example:
         >>> binary_kl(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])).item()  # doctest: +ELLIPSIS
@@ -128,7 +128,7 @@ def binary_kl(
     there = None if finite(student) else ~(student.isneginf() & teacher.isneginf())
     ours, theirs = softened(student, temperature), softened(teacher.detach(), temperature)
     values = _outcome(ours, theirs) + _outcome(-ours, -theirs)
-    return times_squared(over_classes(values, there, reduction), temperature)
+    return times_squared(over_classes(values, there, classes), temperature)
 
 
 def _outcome(student: Tensor, teacher: Tensor) -> Tensor:
