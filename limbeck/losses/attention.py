@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from limbeck.losses.base import full_precision, loss
 from limbeck.losses.features import unit_vectors
-from limbeck.losses.labels import finite
-from limbeck.losses.logits import expectation, paired_log_probs
+from limbeck.losses.labels import finite, zero_unless
+from limbeck.losses.logits import weighted_sum
 from limbeck.reduce import blank
 
 Heads = Literal["each", "mean", "sum"]
@@ -85,11 +86,17 @@ def relative_entropy(
     valid = valid_tokens(mask, student)
     if valid is not None:
         student, teacher = (_masked_scores(side, valid, renormalize) for side in (student, teacher))
-    log_q, log_p = paired_log_probs(student, teacher, 1.0)
-    counted = log_p
+    log_q = torch.log_softmax(student, dim=-1)
+    if cross:
+        p, values = torch.softmax(teacher, dim=-1), log_q
+    else:
+        log_p = torch.log_softmax(teacher, dim=-1)
+        p, values = log_p.exp(), log_p - log_q
     if valid is not None and (cross or not renormalize):
-        counted = log_p.masked_fill(~pairs_of(valid), -math.inf)
-    return -expectation(counted, log_q) if cross else expectation(counted, log_p - log_q)
+        p = p * valid[:, None, None, :].to(p.dtype)
+    total = weighted_sum(p, values)
+    total = total if valid is None else zero_unless(valid.unsqueeze(1), total)
+    return -total if cross else total
 
 
 def _masked_scores(scores: Tensor, valid: Tensor, renormalize: bool) -> Tensor:
@@ -161,18 +168,17 @@ def attention_mse(
     if zero_below is not None:
         student, teacher = (torch.where(x <= zero_below, torch.zeros_like(x), x) for x in (student, teacher))
     valid = valid_tokens(mask, student)
-    difference = student - teacher
-    if not finite(difference):
+    if not (finite(student) and finite(teacher)):
         same = student == teacher  # two minus infinities differ by nothing
-        difference = difference.masked_fill(same if valid is None else same | ~pairs_of(valid), 0.0)
-    squares = difference.square().mean(dim=1)
-    if valid is not None:
-        squares = squares.masked_fill(~pairs_of(valid).squeeze(1), 0.0)
+        apart = ~(same if valid is None else same | ~pairs_of(valid))
+        student, teacher = zero_unless(apart, student), zero_unless(apart, teacher)
+    squares = F.mse_loss(student, teacher, reduction="none").sum(dim=1)
     if valid is None:
-        return squares.mean(dim=-1)
+        return squares.sum(dim=-1) / (student.shape[1] * student.shape[3])
+    total = weighted_sum(valid.unsqueeze(1).to(squares.dtype), squares)
     lengths = valid.sum(dim=-1, keepdim=True).to(squares.dtype)
     keys = lengths if average == "queries" else lengths.square().sum() / lengths.sum().clamp(min=1)
-    return squares.sum(dim=-1) / keys.clamp(min=1)
+    return zero_unless(valid, total / (student.shape[1] * keys.clamp(min=1)))
 
 
 @loss

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, overload
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from limbeck.registry import Registry
@@ -51,7 +52,7 @@ class Loss(Protocol):
         ...
 
 
-F = TypeVar("F", bound=Callable[..., Tensor])
+Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 
 def _import_families() -> None:
@@ -94,22 +95,22 @@ def traits_of(function: Callable[..., Any]) -> Traits:
 
 
 @overload
-def loss(function: F) -> F: ...
+def loss(function: Function) -> Function: ...
 
 
 @overload
 def loss(
     *, project: str | None = None, learns: Mapping[str, str] | None = None, borrows: tuple[str, ...] = ()
-) -> Callable[[F], F]: ...
+) -> Callable[[Function], Function]: ...
 
 
 def loss(
-    function: F | None = None,
+    function: Function | None = None,
     *,
     project: str | None = None,
     learns: Mapping[str, str] | None = None,
     borrows: tuple[str, ...] = (),
-) -> F | Callable[[F], F]:
+) -> Function | Callable[[Function], Function]:
     """Register a loss under its function's name; used as a decorator, with or without what the loss brings along.
 
     Args:
@@ -127,7 +128,7 @@ def loss(
         True
     """
 
-    def add(function: F) -> F:
+    def add(function: Function) -> Function:
         _TRAITS[function] = Traits(project, MappingProxyType(dict(learns or {})), borrows)
         return LOSSES.register(function)
 
@@ -142,6 +143,49 @@ def full_precision(tensor: Tensor) -> Tensor:
         torch.float32
     """
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def mean_square(student: Tensor, teacher: Tensor, dim: int = -1) -> Tensor:
+    """Mean squared difference along a dimension, of two tensors of one shape.
+
+    It is a sum that is divided, since the gradient of a mean would be laid out in full.
+
+    Example:
+        >>> mean_square(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
+        tensor([2.])
+    """
+    return F.mse_loss(student, teacher, reduction="none").sum(dim=dim) / student.shape[dim]
+
+
+class SquaredLength(torch.autograd.Function):
+    """The sum of squares along a dimension, without a tensor of squares, not even in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, dim: int) -> Tensor:
+        """Compute (...,) of (..., D), where D may be another dimension than the last."""
+        ctx.save_for_backward(vectors)
+        ctx.dim = dim
+        lengths: Tensor = torch.linalg.vector_norm(vectors, dim=dim)
+        return lengths.square()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Compute twice the vectors times the gradient, which can be differentiated again."""
+        (vectors,) = ctx.saved_tensors
+        return (2 * gradient).unsqueeze(ctx.dim) * vectors, None
+
+
+def squared_length(vectors: Tensor, dim: int = -1) -> Tensor:
+    """The sum of squares along a dimension.
+
+    Example:
+        >>> squared_length(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+        tensor([25.,  1.])
+    """
+    if torch.compiler.is_compiling():  # it does the same by itself
+        return vectors.square().sum(dim=dim)
+    squares: Tensor = SquaredLength.apply(vectors, dim)  # type: ignore[no-untyped-call]
+    return squares
 
 
 def same_shape(student: Tensor, teacher: Tensor) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from limbeck.losses.base import loss
-from limbeck.losses.labels import finite, over_classes, zero_unless
+from limbeck.losses.labels import finite, may_ask, over_classes, zero_unless
 from limbeck.losses.logits import (
-    paired_log_probs,
+    paired_probs,
     times_squared,
 )
 
@@ -32,40 +32,45 @@ def _check_mask(student: Tensor, mask: Tensor | None) -> None:
         )
 
 
-def _unit(values: Tensor, there: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
-    """Centre and scale probabilities to length 1 along a dimension; and whether they vary at all.
+def _centred(values: Tensor, there: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
+    """Probabilities with mean 0 along a dimension; and whether they vary at all.
 
-    The largest entry is divided out first, since squares of small probabilities vanish. What is not there is zero;
-    None where all is.
+    Where all are small, the largest is divided out first, since their squares would vanish. What is not there is
+    zero; None where all is.
     """
     values = values if there is None else zero_unless(there, values)
     largest = values.detach().amax(dim=dim, keepdim=True)
-    smallest = torch.finfo(values.dtype).tiny / torch.finfo(values.dtype).eps
-    scaled = values / torch.where(largest < smallest, torch.ones_like(largest), largest)
+    eps = torch.finfo(values.dtype).eps
+    smallest, size = torch.finfo(values.dtype).tiny / eps, largest
+    if not (may_ask(values) and bool((largest >= eps).all())):
+        values = values / torch.where(largest < smallest, torch.ones_like(largest), largest)
+        size = torch.ones_like(largest)
     if there is None:
-        centred = scaled - scaled.mean(dim=dim, keepdim=True)
+        centred = values - values.mean(dim=dim, keepdim=True)
     else:
         count = there.sum(dim=dim, keepdim=True).clamp(min=1)
-        centred = zero_unless(there, scaled - scaled.sum(dim=dim, keepdim=True) / count)
-    noise = 8 * torch.finfo(values.dtype).eps  # of a mean of equal numbers
-    spread = torch.linalg.vector_norm(centred.detach(), torch.inf, dim=dim, keepdim=True)
-    flat = (largest < smallest) | (spread <= noise)
-    length = torch.linalg.vector_norm(centred, dim=dim, keepdim=True)
-    scale = zero_unless(~flat, 1 / torch.where(flat, torch.ones_like(length), length))
-    return centred * scale, ~flat.squeeze(dim)
+        centred = zero_unless(there, values - values.sum(dim=dim, keepdim=True) / count)
+    fixed = centred.detach()
+    spread = torch.maximum(fixed.amax(dim=dim, keepdim=True), -fixed.amin(dim=dim, keepdim=True))
+    flat = (largest < smallest) | (spread <= 8 * eps * size)  # the noise of a mean of equal numbers
+    return centred, ~flat.squeeze(dim)
 
 
 def _uncorrelated(student: Tensor, teacher: Tensor, there: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
     """One minus Pearson's correlation along a dimension, 0 where the teacher does not vary; and where it does."""
-    (student, _), (teacher, varies) = _unit(student, there, dim), _unit(teacher, there, dim)
-    return zero_unless(varies, 1 - (student * teacher).sum(dim=dim)), varies
+    (student, both), (teacher, varies) = _centred(student, there, dim), _centred(teacher, there, dim)
+    both = both & varies
+    squares = torch.stack([student.square().sum(dim=dim), teacher.square().sum(dim=dim)])
+    scale = torch.where(both, squares, torch.ones_like(squares)).rsqrt().prod(dim=0)
+    correlation = zero_unless(both, (student * teacher).sum(dim=dim) * scale)
+    return zero_unless(varies, 1 - correlation), varies
 
 
-def _there(log_q: Tensor, log_p: Tensor, mask: Tensor | None) -> Tensor | None:
+def _there(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor | None:
     """Which classes of which positions take part, as rows; None where all do."""
-    if mask is None and finite(log_q):  # a class that is excluded on both sides is so on this one
+    if mask is None and finite(student):  # a class that is excluded on both sides is so on this one
         return None
-    there = ~(log_q.isneginf() & log_p.isneginf())
+    there = ~(student.isneginf() & teacher.isneginf())
     return _rows(there if mask is None else there & (mask != 0).unsqueeze(-1), None)
 
 
@@ -112,10 +117,10 @@ def dist(
         T = 1; CIFAR-100 T = 4). Its code adds 1e-8 to the product of the lengths, which mutes the classes whose
         probabilities are about 1e-4 and less in the whole batch.
     """
-    log_q, log_p = paired_log_probs(student, teacher, temperature)
+    q, p = paired_probs(student, teacher, temperature)
     _check_mask(student, mask)
-    there = _there(log_q, log_p, mask)
-    q, p = _rows(log_q.exp(), mask), _rows(log_p.exp(), mask)
+    there = _there(student, teacher, mask)
+    q, p = _rows(q, mask), _rows(p, mask)
     between, _ = _uncorrelated(q, p, there, dim=1)
     within, varies = _uncorrelated(q, p, there, dim=0)
     values = beta * between + gamma * over_classes(within, varies, "mean")
@@ -196,6 +201,6 @@ def batch_correlation(
 def _batch_of_probabilities(
     student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    log_q, log_p = paired_log_probs(student, teacher, temperature)
+    q, p = paired_probs(student, teacher, temperature)
     _check_mask(student, mask)
-    return _rows(log_q.exp(), mask), _rows(log_p.exp(), mask)
+    return _rows(q, mask), _rows(p, mask)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from limbeck.losses.base import full_precision, loss, same_shape
+from limbeck.losses.base import full_precision, loss, mean_square, same_shape, squared_length
+from limbeck.losses.labels import zero_unless
 from limbeck.losses.logits import soft_cross_entropy
 from limbeck.shapes import mismatch
 
@@ -29,8 +30,8 @@ def paired_features(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 def unit_vectors(vectors: Tensor, dim: int = -1) -> Tensor:
     """Divide by the length along `dim`; a zero vector stays zero, with a finite gradient."""
-    lengths = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
-    return vectors / torch.where(lengths == 0, torch.ones_like(lengths), lengths)
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
+    return vectors / (lengths + (lengths == 0))
 
 
 def per_channel(values: Tensor, features: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
         states); Ba and Caruana 2014, arXiv:1312.6184 (logits).
     """
     student, teacher = paired_features(student, teacher)
-    return F.mse_loss(student, teacher, reduction="none").mean(dim=-1)
+    return mean_square(student, teacher)
 
 
 @loss
@@ -131,10 +132,10 @@ def cosine(student: Tensor, teacher: Tensor, *, dim: int = -1) -> Tensor:
         Sanh et al. 2019, DistilBERT, arXiv:1910.01108.
     """
     student, teacher = paired_features(student, teacher)
-    lengths = torch.linalg.vector_norm(student, dim=dim) * torch.linalg.vector_norm(teacher, dim=dim)
-    there = lengths != 0  # without an angle there is no gradient
-    cosines = (student * teacher).sum(dim=dim) / torch.where(there, lengths, torch.ones_like(lengths))
-    return 1.0 - torch.where(there, cosines, torch.zeros_like(cosines))
+    squares, length = squared_length(student, dim), torch.linalg.vector_norm(teacher, dim=dim)
+    lengths = (squares + (squares == 0)).sqrt() * (length + (length == 0))
+    cosines = (student * teacher).sum(dim=dim) / lengths
+    return 1.0 - zero_unless(squares != 0, cosines)  # without an angle there is no gradient
 
 
 @loss
@@ -224,8 +225,8 @@ def normalized_mse(student: Tensor, teacher: Tensor, *, average: bool = False) -
         sums over D as the paper does; the authors' code averages, and rounds to half precision.
     """
     student, teacher = paired_features(student, teacher)
-    squares = (unit_vectors(student) - unit_vectors(teacher)).square()
-    return squares.mean(dim=-1) if average else squares.sum(dim=-1)
+    values = F.mse_loss(unit_vectors(student), unit_vectors(teacher), reduction="none").sum(dim=-1)
+    return values / student.shape[-1] if average else values
 
 
 @loss(learns={"variance": "channel_variance"})
@@ -409,7 +410,7 @@ def softmax_regression(
         teacher: The teacher's features (..., D).
         head: The teacher's classifier, from (..., D) to logits (..., C). The gradient passes through it into the
             student's features; its own weights are frozen by the caller.
-        kind: How the logits are compared: `mse`, or `soft_cross_entropy` at temperature 1.
+        kind: How the logits are compared: ``"mse"``, or ``"cross_entropy"`` with the teacher's probabilities.
 
     Returns:
         One value per position, (...).

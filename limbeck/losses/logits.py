@@ -14,8 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from limbeck.losses.base import full_precision, loss, same_shape
-from limbeck.losses.labels import at_label, finite, over_classes, zero_unless
+from limbeck.losses.base import full_precision, loss, mean_square, same_shape
+from limbeck.losses.labels import at_label, cross_entropy_at, finite, may_ask, over_classes, zero_unless
 
 
 def check_temperature(temperature: float | Tensor, logits: Tensor) -> None:
@@ -53,6 +53,8 @@ def softened(logits: Tensor, temperature: float | Tensor) -> Tensor:
 
 def times_squared(values: Tensor, temperature: float | Tensor) -> Tensor:
     """T² · values, for a number or one for each position."""
+    if not isinstance(temperature, Tensor) and temperature == 1:
+        return values
     return values * (full_precision(temperature) if isinstance(temperature, Tensor) else temperature) ** 2
 
 
@@ -77,11 +79,25 @@ def paired_log_probs(student: Tensor, teacher: Tensor, temperature: float | Tens
     return log_q, log_p
 
 
-def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
-    """Sum over the last dimension; what has no weight counts nothing, even if infinite."""
+def paired_probs(student: Tensor, teacher: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    """Probabilities ``(q, p)`` of both sides, with all else as in `paired_log_probs`."""
+    same_shape(student, teacher)
+    check_temperature(temperature, student)
+    q = torch.softmax(softened(student, temperature), dim=-1)
+    p = torch.softmax(softened(teacher.detach(), temperature), dim=-1)
+    return q, p
+
+
+def weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """Their products; what has no weight counts nothing, even if infinite."""
     if not finite(values):
         values = zero_unless(weights != 0, values)  # a NaN of the weights stays one
-    return (weights * values).sum(dim=-1)
+    return weights * values
+
+
+def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+    """Sum over the last dimension; what has no weight counts nothing, even if infinite."""
+    return weighted(weights, values).sum(dim=-1)
 
 
 def expectation(log_p: Tensor, values: Tensor) -> Tensor:
@@ -325,8 +341,8 @@ def total_variation(student: Tensor, teacher: Tensor, *, temperature: float | Te
     Reference:
         Wen et al. 2023, f-divergence minimization for sequence-level distillation, arXiv:2307.15190.
     """
-    log_q, log_p = paired_log_probs(student, teacher, temperature)
-    return times_squared((log_p.exp() - log_q.exp()).abs().sum(dim=-1) / 2, temperature)
+    q, p = paired_probs(student, teacher, temperature)
+    return times_squared((p - q).abs().sum(dim=-1) / 2, temperature)
 
 
 @loss
@@ -357,8 +373,11 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, *, temperature: float |
     Reference:
         Hinton et al. 2015, arXiv:1503.02531; the form of TextBrewer and TinyBERT, there without T².
     """
-    log_q, log_p = paired_log_probs(student, teacher, temperature)
-    return times_squared(-expectation(log_p, log_q), temperature)
+    same_shape(student, teacher)
+    check_temperature(temperature, student)
+    log_q = torch.log_softmax(softened(student, temperature), dim=-1)
+    p = torch.softmax(softened(teacher.detach(), temperature), dim=-1)
+    return times_squared(-weighted_sum(p, log_q), temperature)
 
 
 @loss
@@ -389,12 +408,13 @@ def logit_mse(student: Tensor, teacher: Tensor, *, temperature: float | Tensor =
     """
     same_shape(student, teacher)
     check_temperature(temperature, student)
-    difference = full_precision(student) - full_precision(teacher.detach())
-    if finite(difference):
-        values = difference.square().mean(dim=-1)
-        return values / times_squared(torch.ones_like(values), temperature)
+    sides = full_precision(student), full_precision(teacher.detach())
+    if may_ask(student):
+        values = mean_square(*sides)
+        if finite(values):
+            return values / times_squared(torch.ones_like(values), temperature)
     there = ~(student.isneginf() & teacher.isneginf())
-    return over_classes(softened(zero_unless(there, difference), temperature).square(), there, "mean")
+    return over_classes(softened(zero_unless(there, sides[0] - sides[1]), temperature).square(), there, "mean")
 
 
 @loss
@@ -424,6 +444,7 @@ def hard_label(student: Tensor, teacher: Tensor) -> Tensor:
         Touvron et al. 2020, DeiT (hard-label distillation), arXiv:2012.12877.
     """
     same_shape(student, teacher)
-    largest, index = teacher.detach().max(dim=-1)  # NaN where there is one
-    values = -at_label(torch.log_softmax(full_precision(student), dim=-1), index)
-    return torch.where(largest.isfinite(), values, torch.nan)
+    teacher = teacher.detach()
+    index = teacher.argmax(dim=-1)  # that of a NaN, if there is one
+    values = cross_entropy_at(student, index)
+    return values if finite(teacher) else torch.where(at_label(teacher, index).isfinite(), values, torch.nan)

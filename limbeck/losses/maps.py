@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from limbeck.losses.base import full_precision, loss, same_shape
+from limbeck.losses.base import full_precision, loss, mean_square, same_shape
 from limbeck.losses.features import unit_vectors
 from limbeck.losses.logits import forward_kl
 from limbeck.reduce import blank
@@ -103,7 +103,7 @@ def attention_transfer(
     maps = paired_maps(student, teacher, any_channels=True)
     looks, target = (unit_vectors(_energy(x, p).mean(dim=1).flatten(1)) for x in maps)
     if mode == "code":
-        return (looks - target).square().mean(dim=1)
+        return mean_square(looks, target)
     lengths: Tensor = torch.linalg.vector_norm(looks - target, dim=1)
     return lengths
 
@@ -374,10 +374,10 @@ def fsp(
     if flows[0].shape != flows[1].shape:
         culprit = 0 if flows[0].shape[:2] != flows[1].shape[:2] else 1
         raise ValueError(mismatch(student[culprit].shape, teacher[culprit].shape))
-    difference = flows[0] - flows[1].detach()
+    ours, theirs = flows[0], flows[1].detach()
     if distance == "mse":
-        return difference.square().mean(dim=(1, 2))
-    lengths: Tensor = torch.linalg.vector_norm(difference, dim=1)
+        return mean_square(ours.flatten(1), theirs.flatten(1))
+    lengths: Tensor = torch.linalg.vector_norm(ours - theirs, dim=1)
     return lengths.sum(dim=1)
 
 

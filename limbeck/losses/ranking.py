@@ -13,13 +13,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from limbeck.losses.base import full_precision, loss, same_shape
-from limbeck.losses.labels import over_classes, zero_unless
+from limbeck.losses.labels import finite, over_classes, zero_unless
 from limbeck.losses.logits import (
     check_temperature,
-    divergence,
     forward_kl,
     softened,
     times_squared,
+    weighted,
 )
 
 
@@ -98,7 +98,7 @@ def binary_kl(
     teacher: Tensor,
     *,
     temperature: float | Tensor = 1.0,
-    reduction: Literal["sum", "mean"] = "sum",
+    classes: Literal["sum", "mean"] = "sum",
 ) -> Tensor:
     r"""Forward KL of each class on its own, where an example may belong to several (multi-label).
 
@@ -108,13 +108,13 @@ def binary_kl(
         student: Logits (..., C), of a sigmoid each.
         teacher: Logits (..., C). A class at minus infinity on both sides is not there.
         temperature: T, softens both sides; T² keeps the gradient's size, as in `forward_kl`.
-        reduction: ``"sum"`` over the classes, which is the divergence of all together, or ``"mean"``.
+        classes: ``"sum"`` over the classes, which is the divergence of all together, or ``"mean"``.
 
     Returns:
         One value in nats (times T²) per position, (...). Zero where teacher equals student.
 
     Raises:
-        ValueError: the shapes differ, the temperature is not positive, or another reduction.
+        ValueError: the shapes differ, the temperature is not positive, or another word for `classes`.
 
     Example:
         >>> binary_kl(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])).item()  # doctest: +ELLIPSIS
@@ -125,11 +125,12 @@ def binary_kl(
     """
     same_shape(student, teacher)
     check_temperature(temperature, student)
-    there = ~(student.isneginf() & teacher.isneginf())
-    log_q, log_p = (_outcomes(softened(side, temperature)) for side in (student, teacher.detach()))
-    return times_squared(over_classes(divergence(log_p, log_q), there, reduction), temperature)
+    there = None if finite(student) else ~(student.isneginf() & teacher.isneginf())
+    ours, theirs = softened(student, temperature), softened(teacher.detach(), temperature)
+    values = _outcome(ours, theirs) + _outcome(-ours, -theirs)
+    return times_squared(over_classes(values, there, classes), temperature)
 
 
-def _outcomes(logits: Tensor) -> Tensor:
-    """Log-probabilities of yes and no, (..., 2)."""
-    return torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=-1)
+def _outcome(student: Tensor, teacher: Tensor) -> Tensor:
+    """The share of one of two outcomes in their divergence, from the logits of that outcome."""
+    return weighted(teacher.sigmoid(), F.logsigmoid(teacher) - F.logsigmoid(student))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from limbeck.losses.base import full_precision, loss, same_shape
+from limbeck.losses.base import full_precision, loss, mean_square, same_shape
 from limbeck.losses.features import unit_vectors
 
 ANGLES_AT_ONCE = 2**18
@@ -346,7 +346,7 @@ def correlation_congruence(
         return torch.cat([products, torch.zeros_like(gaps[:1, 0])])
     grams = [rows @ rows.mT for rows in sides]
     ours, theirs = (gaussian_series(x, gamma, order) for x in grams) if kernel == "gaussian" else grams
-    return (ours - theirs).square().mean(dim=-1)
+    return mean_square(ours, theirs)
 
 
 def gaussian_series(products: Tensor, gamma: float, order: int) -> Tensor:

@@ -96,7 +96,8 @@ def probability_shift(student: Tensor, teacher: Tensor, *, labels: Tensor | None
     teacher = teacher.detach()
     index, counts = known_labels(teacher, labels)
     best = teacher.argmax(dim=-1)
-    index = torch.where(counts, index, best)  # changing places with itself
+    if counts is not None:
+        index = torch.where(counts, index, best)  # changing places with itself
     shifted = teacher.scatter(-1, best.unsqueeze(-1), at_label(teacher, index).unsqueeze(-1))
     return student, shifted.scatter(-1, index.unsqueeze(-1), at_label(teacher, best).unsqueeze(-1))
 

@@ -51,7 +51,7 @@ def naive_cross_entropy(student, labels, label_smoothing=0.0):
     return values * (labels != IGNORED)
 
 
-def naive_binary_cross_entropy(student, labels, label_smoothing=0.0, reduction="mean"):
+def naive_binary_cross_entropy(student, labels, label_smoothing=0.0, classes="mean"):
     total, known = 0.0, 0.0
     for c in range(student.shape[-1]):
         there = (labels[..., c] != IGNORED).to(student.dtype)
@@ -59,7 +59,7 @@ def naive_binary_cross_entropy(student, labels, label_smoothing=0.0, reduction="
         q = 1 / (1 + (-student[..., c]).exp())
         total = total - there * (right * q.log() + (1 - right) * (1 - q).log())
         known = known + there
-    return total / known.clamp(min=1) if reduction == "mean" else total
+    return total / known.clamp(min=1) if classes == "mean" else total
 
 
 def naive_label_mse(student, labels):
@@ -75,7 +75,7 @@ NAIVE = {
     "binary_cross_entropy": [
         (naive_binary_cross_entropy, *pair, options)
         for pair in ((LS, MANY), (LS, MANY.double()), (SS, SHARES))
-        for options in ({}, {"label_smoothing": 0.1}, {"label_smoothing": 0.3, "reduction": "sum"})
+        for options in ({}, {"label_smoothing": 0.1}, {"label_smoothing": 0.3, "classes": "sum"})
     ],
     "cross_entropy": [
         (naive_cross_entropy, *pair, options)
@@ -215,8 +215,8 @@ def test_binary_labels_are_probabilities_of_every_class():
         binary_cross_entropy(LS, CLASSES)
     with pytest.raises(ValueError, match="takes labels from 0 to 1"):
         binary_cross_entropy(LS, MANY + 1)
-    with pytest.raises(ValueError, match="unknown reduction 'none' over the classes; known: mean, sum"):
-        binary_cross_entropy(LS, MANY, reduction="none")
+    with pytest.raises(ValueError, match="classes are taken by 'mean' or 'sum', got 'none'"):
+        binary_cross_entropy(LS, MANY, classes="none")
 
 
 def test_certain_predictions_have_a_finite_binary_cross_entropy():
@@ -233,3 +233,17 @@ def test_nan_is_not_swallowed(loss):
     student[1, 4] = math.nan
     labels = CLASSES if loss is cross_entropy else (LT > 0).long()
     assert loss(student, labels).isnan().tolist() == [False, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, binary_cross_entropy])
+def test_any_label_may_be_the_one_to_ignore(loss):
+    labels = CLASSES if loss is cross_entropy else (LT > 0).long()
+    ours = loss(LS, labels, ignore_index=1)
+    expected = loss(LS, torch.where(labels == 1, IGNORED, labels))
+    torch.testing.assert_close(ours, expected)
+    assert not torch.equal(ours, loss(LS, labels))
+
+
+def test_labels_that_are_no_indices():
+    with pytest.raises(ValueError, match="labels are class indices, whole numbers"):
+        cross_entropy(LS, CLASSES.double())

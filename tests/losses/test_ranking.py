@@ -58,13 +58,13 @@ def naive_margin_mse(student, teacher):
     return sum(squares) / len(squares)
 
 
-def naive_binary_kl(student, teacher, temperature=1.0, reduction="sum"):
+def naive_binary_kl(student, teacher, temperature=1.0, classes="sum"):
     warmth = torch.as_tensor(temperature, dtype=student.dtype)
     total = 0.0
     for c in range(student.shape[-1]):
         q, p = (1 / (1 + (-side[..., c] / warmth).exp()) for side in (student, teacher))
         total = total + p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-    return warmth**2 * total / (student.shape[-1] if reduction == "mean" else 1)
+    return warmth**2 * total / (student.shape[-1] if classes == "mean" else 1)
 
 
 def probabilities(logits, temperature, mask):
@@ -132,7 +132,7 @@ NAIVE = {
     "binary_kl": [
         (naive_binary_kl, LS, LT, {**options, **classes})
         for options in WARMTH
-        for classes in ({}, {"reduction": "mean"})
+        for classes in ({}, {"classes": "mean"})
     ],
     "dist": relations(naive_dist, {"beta": 0.5, "gamma": 2.0}, {"beta": 0.0}, {"gamma": 0.0}),
     "class_correlation": relations(naive_class_correlation),
@@ -174,7 +174,7 @@ class TestBinaryKL(LossContract):
 
 class TestBinaryKLMean(LossContract):
     loss = "binary_kl"
-    options = {"temperature": 3.0, "reduction": "mean"}  # noqa: RUF012
+    options = {"temperature": 3.0, "classes": "mean"}  # noqa: RUF012
     logits = True
 
 
@@ -271,9 +271,9 @@ def test_binary_kl_is_infinite_where_the_student_excludes_what_the_teacher_expec
 
 
 def test_binary_kl_reductions():
-    torch.testing.assert_close(binary_kl(LS, LT, reduction="mean") * 10, binary_kl(LS, LT))
-    with pytest.raises(ValueError, match="unknown reduction 'batchmean' over the classes; known: mean, sum"):
-        binary_kl(LS, LT, reduction="batchmean")
+    torch.testing.assert_close(binary_kl(LS, LT, classes="mean") * 10, binary_kl(LS, LT))
+    with pytest.raises(ValueError, match="classes are taken by 'mean' or 'sum', got 'batchmean'"):
+        binary_kl(LS, LT, classes="batchmean")
 
 
 @each(RELATIONS)

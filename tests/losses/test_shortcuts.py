@@ -6,13 +6,94 @@ import pytest
 import torch
 
 from limbeck.losses import LOSSES
-from limbeck.losses.labels import finite
+from limbeck.losses.base import squared_length
+from limbeck.losses.labels import all_within, finite
 from limbeck.losses.logits import weighted_sum
 from limbeck.losses.relations import from_products
 from tests.golden_cases import INPUTS, generate
 
 LS, LT, AS, AT = (INPUTS[name] for name in ("LS", "LT", "AS", "AT"))
 BAD = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("dim", [-1, 0, 1])
+def test_squared_length_has_a_gradient_that_has_one(dim):
+    vectors = LS.T.contiguous().T.requires_grad_()
+    torch.testing.assert_close(squared_length(vectors, dim), vectors.square().sum(dim))
+    torch.autograd.gradcheck(squared_length, (vectors, dim))
+    torch.autograd.gradgradcheck(squared_length, (vectors, dim))
+    zero = torch.zeros(2, 3, requires_grad=True)
+    squared_length(zero, dim).sum().backward()
+    assert not zero.grad.any()
+
+
+@pytest.mark.parametrize(
+    "name", ["mse", "cosine", "forward_kl", "soft_cross_entropy", "logit_mse", "binary_kl", "dist"]
+)
+def test_compiled_losses_give_the_same(name):
+    """A compiler gets the long way, since it does not know the numbers."""
+    loss, gradients = LOSSES.get(name), []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        student = LS.clone().requires_grad_()
+        values = function(student, LT)
+        values.sum().backward()
+        gradients.append(student.grad)
+        torch.testing.assert_close(values, loss(LS, LT))
+    torch.testing.assert_close(*gradients)
+
+
+def test_all_within_sees_what_is_not():
+    assert all_within(torch.tensor([0, 3]), 0, 3)
+    assert all_within(torch.tensor([0.0, 1.0]), 0, 1)
+    for values in ([-100, 1], [0, 4], [0.5, math.nan], []):
+        assert not all_within(torch.tensor(values), 0, 3)
+
+
+@pytest.mark.parametrize(("name", "none"), [("cross_entropy", -100), ("binary_cross_entropy", -100.0)])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_one_unknown_label_changes_no_other_position(name, none, label_smoothing):
+    labels = torch.arange(6) if name == "cross_entropy" else (torch.arange(60.0).view(6, 10) % 3) / 2
+    unknown = labels.clone()
+    unknown[0] = none
+    values, gradients = [], []
+    for given in (labels, unknown):
+        student = LS.clone().requires_grad_()
+        found = LOSSES.get(name)(student, given, label_smoothing=label_smoothing)
+        found.sum().backward()
+        values.append(found.detach()[1:])
+        gradients.append(student.grad[1:])
+    assert found[0] == 0
+    torch.testing.assert_close(*values, rtol=1e-14, atol=0)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-16)
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0, 20.0])
+def test_correlations_of_tiny_probabilities(scale):
+    """Classes that are rare in the whole batch, below what float32 can square, count as they do in float64."""
+    student, teacher = (scale * side.float() for side in (LS, LT))
+    exact = LOSSES.get("dist")(student.double(), teacher.double())
+    torch.testing.assert_close(LOSSES.get("dist")(student, teacher).double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (0,), (2, 3), (2, 0), (2, 3, 2)])
+def test_labels_of_any_leading_dimensions(leading):
+    logits = generate((*leading, 5), 0.1, 1.5)
+    labels = logits.argmin(-1)
+    expected = -logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(LOSSES.get("cross_entropy")(logits, labels), expected)
+    torch.testing.assert_close(LOSSES.get("hard_label")(logits, -logits), expected)
+    assert LOSSES.get("cross_entropy")(logits, labels, label_smoothing=0.1).shape == leading
+
+
+def test_masked_scores_whose_squares_overflow():
+    """The lowest float32, with which models mask keys, on one side alone."""
+    mask = torch.tensor([[1, 1, 1, 1, 0]])
+    student = AS[:1].float().clone()
+    student[..., 4] = -1e38
+    values = LOSSES.get("attention_mse")(student.requires_grad_(), AT[:1].float(), mask=mask)
+    values.sum().backward()
+    torch.testing.assert_close(values, LOSSES.get("attention_mse")(AS[:1].float(), AT[:1].float(), mask=mask))
+    assert student.grad.isfinite().all()
 
 
 def test_finite_sees_what_is_not():
