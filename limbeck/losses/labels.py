@@ -50,8 +50,8 @@ def known_labels(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDE
         where every position is known to have one.
 
     Raises:
-        ValueError: the shapes do not belong together, the labels are no indices, or one is outside the classes. (Of
-            the last an accelerator is not asked, since it would have to wait; it fails when it looks it up.)
+        ValueError: the shapes do not belong together, the labels are no indices, or one is outside the classes.
+            (Of the last an accelerator is not asked, since it would have to wait; it fails when it looks it up.)
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
