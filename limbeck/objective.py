@@ -251,8 +251,13 @@ def _key(term: Term) -> str:
 def _mask_of(term: Term, read: Side, batch: Batch) -> str | None:
     """The entry of the batch that masks a term: the one it names, the labels' own, or the one whose shape fits."""
     if term.mask is None:
-        own = mask_key(_first(read).shape, batch, of_logits=term.taps == (LOGITS,))
-        return (_ignored(term) or LABELS) if term.reads_labels else own
+        if term.reads_labels:
+            return _ignored(term) or LABELS
+        shape = _first(read).shape
+        between_tokens = len(shape) == 4  # attention has no positions in front: its loss has to ask for the mask
+        if between_tokens and "mask" not in term.comparison.asks:
+            return None
+        return mask_key(shape, batch, of_logits=term.taps == (LOGITS,))
     _entry(batch, term.mask)
     return term.mask
 
