@@ -5,15 +5,16 @@ Shape legend: B examples, L positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from limbeck.types import IGNORE_INDEX, INPUTS, LABELS, Batch
+from limbeck.types import IGNORE_INDEX, INPUTS, LABELS, STUDENT, TEACHER, TEACHER_CACHE, Batch, Sparse
 
 ATTENTION_MASK = "attention_mask"
+PARTS = {STUDENT, TEACHER, TEACHER_CACHE}
 
 
 def as_batch(batch: Any) -> Batch:
@@ -59,6 +60,26 @@ def from_call(inputs: Sequence[Any], named: Batch) -> Batch:
     return {**as_batch(tuple(inputs)), **named}
 
 
+def view(batch: Batch, side: str) -> Batch:
+    """A batch as one model is given it: the entries for all, and those that stand under its name.
+
+    Args:
+        batch: A batch, of which parts may be batches of their own: ``{"student": {...}, "teacher": {...}}``.
+        side: The model's name.
+
+    Example:
+        >>> x, y = torch.zeros(2, 3), torch.ones(2, 5)
+        >>> both = {"student": {"input_ids": x}, "teacher": {"input_ids": y}, "labels": torch.zeros(2)}
+        >>> {key: tuple(value.shape) for key, value in view(both, "teacher").items()}
+        {'labels': (2,), 'input_ids': (2, 5)}
+    """
+    parts = {key for key, value in batch.items() if isinstance(value, Mapping)} | PARTS & batch.keys()
+    if not parts:
+        return batch
+    common = {key: value for key, value in batch.items() if key not in parts}
+    return {**common, **as_batch(batch[side])} if side in batch else common
+
+
 def positional(batch: Batch) -> tuple[Any, ...]:
     """The positional inputs of a batch; a model may also call an input of its own ``inputs``."""
     inputs = batch.get(INPUTS, ())
@@ -75,21 +96,36 @@ def batch_size(batch: Batch) -> int:
         >>> batch_size({"input_ids": torch.zeros(4, 7)})
         4
     """
-    tensors = [*positional(batch), *batch.values()]
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.ndim:
+    for tensor in _tensors(batch):
+        if tensor.ndim:
             return tensor.shape[0]
     raise ValueError(f"a batch with {sorted(batch)} holds no tensor of examples")
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor of a batch, those for all models first."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in sorted(value.values(), key=lambda v: isinstance(v, Mapping)):
+            yield from _tensors(inner)
+    elif isinstance(value, (tuple, list)):
+        for inner in value:
+            yield from _tensors(inner)
+
+
 def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Apply a function to every tensor of examples in a batch."""
+    """Apply a function to every tensor of examples in a batch and its parts."""
 
     def visit(value: Any) -> Any:
         if isinstance(value, Tensor):
             return change(value)
-        if isinstance(value, tuple):
+        if isinstance(value, Sparse):
+            return value.map(change)
+        if isinstance(value, (tuple, list)) and not is_texts(value):
             return tuple(visit(v) for v in value)
+        if isinstance(value, Mapping):
+            return map_tensors(value, change)
         return value
 
     return {key: visit(value) for key, value in batch.items()}
@@ -102,8 +138,27 @@ def rows(batch: Batch, start: int, stop: int) -> dict[str, Any]:
         >>> rows({"x": torch.arange(4)}, 1, 3)["x"]
         tensor([1, 2])
     """
+    return take(batch, range(start, stop))
+
+
+def take(batch: Batch, places: Sequence[int]) -> dict[str, Any]:
+    """Some examples of a batch: of its tensors, and of its lists of texts.
+
+    Example:
+        >>> take({"x": torch.arange(3), "text": ["a", "b", "c"]}, [2, 0])
+        {'x': tensor([2, 0]), 'text': ['c', 'a']}
+    """
     size = batch_size(batch)
-    return map_tensors(batch, lambda t: t[start:stop] if t.ndim and t.shape[0] == size else t)
+    chosen = [range(size)[place] for place in places if place < size]
+    together = not chosen or chosen == list(range(chosen[0], chosen[0] + len(chosen)))
+    index = slice(chosen[0], chosen[0] + len(chosen)) if chosen and together else chosen
+    taken = map_tensors(batch, lambda t: t[index] if t.ndim and t.shape[0] == size else t)
+    return taken | {key: [value[i] for i in chosen] for key, value in batch.items() if is_texts(value)}
+
+
+def is_texts(value: Any) -> bool:
+    """Whether an entry of a batch is a text for each example."""
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:

@@ -10,14 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.batch import as_batch, from_call, rows
+from limbeck.batch import as_batch, from_call, rows, view
 from limbeck.objective import Objective, PlannedTerm, in_term, where
 from limbeck.registry import nearest
 from limbeck.stopwatch import Stopwatch
 from limbeck.taps import Read, Recorder, Tap, read_output, resolve
-from limbeck.teachers import Cached, ModuleInputs, ModuleTeacher, Self, Teacher, TeacherLike, as_teacher, record
+from limbeck.teachers import (
+    Cached,
+    Given,
+    ModuleInputs,
+    ModuleTeacher,
+    Self,
+    Teacher,
+    TeacherLike,
+    as_teacher,
+    record,
+)
 from limbeck.terms import Term
-from limbeck.types import Batch, Output, Signal
+from limbeck.types import STUDENT, TEACHER, TEACHER_CACHE, Batch, Output, Signal
 
 
 class Distiller(nn.Module):
@@ -69,7 +79,7 @@ class Distiller(nn.Module):
         self.objective = Objective(terms, balance, self._borrow)
         self.wants = tuple(dict.fromkeys(tap for t in terms if not t.reads_labels for tap in t.teacher_taps))
         self.teacher_watch = Stopwatch()
-        self.read = read
+        self.read, self.teacher_read = read, teacher_read or read
         self._call = ModuleInputs(student)
         self._recorder = Recorder(student, self._student_taps(), read)
         self._compiled_before = student._compiled_call_impl
@@ -102,7 +112,7 @@ class Distiller(nn.Module):
             An `Output` in training mode, whatever the student returns in eval mode.
         """
         if not self.training:
-            return self._call.alone(inputs, named)
+            return self._call.alone(inputs, view(named, STUDENT))
         batch = from_call(inputs, named)
         if not self._checked:
             self.preflight(batch)
@@ -116,12 +126,12 @@ class Distiller(nn.Module):
         measure: bool = False,
     ) -> Output:
         """One step up to the loss, whatever the mode; `forward` in training mode."""
-        teacher = self._teach(batch)
-        output, seen = record(self._recorder, lambda **extra: self._call(batch, **extra))
+        teacher, own = self._teach(batch), view(batch, STUDENT)
+        output, seen = record(self._recorder, lambda **extra: self._call(own, **extra))
         student = Signal(seen)
         self._check_gradients(student)
         measured = tuple(self.student.parameters()) if measure else None
-        result: Output = self.objective(student, teacher or _detached(student), batch, counts, progress, measured)
+        result: Output = self.objective(student, teacher or _detached(student), own, counts, progress, measured)
         if counts is None and self.training:  # a whole step; of a part, the backend tells when all are there
             self.objective.observe(result.terms, result.gradients)
         return replace(result, logits=self._logits(seen, output))
@@ -142,7 +152,7 @@ class Distiller(nn.Module):
             >>> distiller.count((torch.zeros(3, 2), torch.tensor([0, 1, -100])))
             {'examples': 3.0, 'labels': 2.0}
         """
-        return self.objective.count(as_batch(batch))
+        return self.objective.count(view(as_batch(batch), STUDENT))
 
     def preflight(self, batch: Any) -> list[PlannedTerm]:
         """Check everything on two examples, size the projections, and say what each term will do.
@@ -157,9 +167,9 @@ class Distiller(nn.Module):
         """
         batch = rows(as_batch(batch), 0, 2)
         with self._looking():
-            teacher = self._teach(batch)
-            _, seen = record(self._recorder, lambda **extra: self._call(batch, **extra))
-            plan = self.objective.plan(Signal(seen), teacher or _detached(Signal(seen)), batch)
+            teacher, own = self._teach(batch), view(batch, STUDENT)
+            _, seen = record(self._recorder, lambda **extra: self._call(own, **extra))
+            plan = self.objective.plan(Signal(seen), teacher or _detached(Signal(seen)), own)
         self._checked = True
         return plan
 
@@ -215,7 +225,9 @@ class Distiller(nn.Module):
         if isinstance(self.teacher, Self):
             return None
         with self.teacher_watch:
-            return self.teacher.signal(batch, self.wants)
+            if TEACHER_CACHE in batch:
+                return Given(self.teacher_read).signal(batch, self.wants)
+            return self.teacher.signal(view(batch, TEACHER), self.wants)
 
     def _borrow(self, path: str) -> nn.Module:
         """A part of the teacher, for a loss that passes the student's features through it."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -13,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from limbeck.cache import Store, weights_digest
+from limbeck.cache import Store, json_digest, module_identity
 from limbeck.objective import PlannedTerm
 from limbeck.recipe import Recipe
 from limbeck.tasks import Loaded
@@ -108,27 +106,13 @@ def bytes_needed(terms: Sequence[PlannedTerm], train: Examples, dtype: str) -> i
 
 def fingerprint(recipe: Recipe, teacher: Loaded) -> dict[str, Any]:
     """What a teacher's signals belong to."""
-    config: Any = getattr(teacher.model, "config", None)
-    described = config.to_dict() if hasattr(config, "to_dict") else repr(teacher.model)
     return {
-        "teacher": weights_digest(teacher.model),
-        "architecture": _digest({"class": type(teacher.model).__name__, "config": _without_origin(described)}),
-        "tokenizer": _digest(_vocabulary(teacher.processor)),
+        **module_identity(teacher.model),
+        "tokenizer": json_digest(_vocabulary(teacher.processor)),
         "computed in": recipe.training.precision,
         "kept in": recipe.cache_dtype,
     }
 
 
-def _without_origin(config: Any) -> Any:
-    """A configuration without where it was loaded from, and by what."""
-    origin = ("_name_or_path", "transformers_version", "dtype")
-    return {k: v for k, v in config.items() if k not in origin} if isinstance(config, dict) else config
-
-
 def _vocabulary(processor: Any) -> Any:
     return processor.get_vocab() if hasattr(processor, "get_vocab") else repr(processor)
-
-
-def _digest(content: Any) -> str:
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from limbeck.batch import ATTENTION_MASK, batch_size, positional
 from limbeck.types import EXAMPLE_ID, INPUTS, LABELS, Batch
 
 KEY_BYTES = 16
+ORIGIN = ("_name_or_path", "transformers_version", "dtype")
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
@@ -36,6 +38,27 @@ def weights_digest(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor_bytes(tensor) if tensor.numel() else b"")
     return digest.hexdigest()
+
+
+def module_identity(module: nn.Module) -> dict[str, str]:
+    """What determines what a module computes: its weights, its class and its configuration.
+
+    Example:
+        >>> sorted(module_identity(nn.Linear(2, 3)))
+        ['architecture', 'teacher']
+    """
+    config: Any = getattr(module, "config", None)
+    described = config.to_dict() if hasattr(config, "to_dict") else repr(module)
+    if isinstance(described, dict):  # without where it was loaded from, and by what
+        described = {key: value for key, value in described.items() if key not in ORIGIN}
+    architecture = {"class": type(module).__name__, "config": described}
+    return {"teacher": weights_digest(module), "architecture": json_digest(architecture)}
+
+
+def json_digest(content: Any) -> str:
+    """A digest of anything that JSON can hold, or that prints the same wherever it is."""
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).hexdigest()
 
 
 def example_keys(batch: Batch) -> np.ndarray[Any, np.dtype[np.void]]:

@@ -10,12 +10,24 @@ from torch import nn
 
 from limbeck.pretrained import load_pretrained
 from limbeck.taps import Read
-from limbeck.teachers.base import Teacher
+from limbeck.teachers.base import Identified, Teacher
 from limbeck.teachers.cached import Cached
+from limbeck.teachers.given import Given
 from limbeck.teachers.module import ModuleInputs, ModuleTeacher, record
 from limbeck.teachers.own import Self
 
-__all__ = ["Cached", "ModuleInputs", "ModuleTeacher", "Self", "Teacher", "as_teacher", "load_pretrained", "record"]
+__all__ = [
+    "Cached",
+    "Given",
+    "Identified",
+    "ModuleInputs",
+    "ModuleTeacher",
+    "Self",
+    "Teacher",
+    "as_teacher",
+    "load_pretrained",
+    "record",
+]
 
 TeacherLike = Teacher | nn.Module | Callable[[], nn.Module] | tuple[Any, ...] | str | Path
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from limbeck.types import Batch, Signal
 
@@ -22,4 +22,13 @@ class Teacher(Protocol):
 
     def signal(self, batch: Batch, wants: Sequence[str]) -> Signal:
         """Read the wanted taps for one batch, without gradient."""
+        ...
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A teacher that can say what its signals depend on, so that they may be kept for later."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """All that determines its signals but the batch, as flat JSON: two teachers that agree in it are one."""
         ...

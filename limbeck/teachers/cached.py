@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from limbeck.batch import ATTENTION_MASK, batch_size, map_tensors
+from limbeck.batch import ATTENTION_MASK, batch_size, take
 from limbeck.cache import Store, cut, example_keys, join, kind_of
 from limbeck.teachers.base import Teacher
 from limbeck.types import Batch, Signal
@@ -89,10 +89,7 @@ class Cached:
                 "to ask; build the cache from the same data, tokenizer and settings, or name the teacher"
             )
         self.computed += len(places)
-        size = batch_size(batch)
-        part = batch
-        if len(places) < size:
-            part = map_tensors(batch, lambda t: t[places] if t.ndim and t.shape[0] == size else t)
+        part = batch if len(places) == batch_size(batch) else take(batch, places)
         signal = self.teacher.signal(part, wants)
         own_mask = None if mask is None else mask[places]
         kinds = {tap: kind_of(signal[tap].shape, own_mask) for tap in wants}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from limbeck.batch import positional
+from limbeck.cache import module_identity
 from limbeck.taps import OUTPUT_NAMES, Read, Recorder, Tap, requested_outputs, resolve
 from limbeck.types import EXAMPLE_ID, INPUTS, LABELS, Batch, Signal
 
@@ -103,6 +104,10 @@ class ModuleTeacher:
         self.module.eval()
         _, values = record(recorder, lambda **extra: self._call(batch, **extra))
         return Signal({tap: tensor.detach() for tap, tensor in values.items()})
+
+    def identity(self) -> Mapping[str, Any]:
+        """Its weights, class and configuration."""
+        return module_identity(self.module)
 
     def _resolve(self, taps: Iterable[str]) -> dict[str, Tap]:
         return resolve(self.module, taps, any_output=self.read is not None)
