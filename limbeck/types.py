@@ -68,8 +68,9 @@ class Sparse:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with every tensor changed; only the leading dimensions may be."""
-        found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{n: change(v) if isinstance(v, Tensor) else v for n, v in found.items()})
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {n: change(v) if isinstance(v, Tensor) else v for n, v in found.items()}
+        return type(self)(**changed)
 
     def to(self, *args: Any, **options: Any) -> Self:
         """The same in another place; see `torch.Tensor.to`."""
