@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from limbeck.pretrained import UNREADABLE, first_line, most_tokens, quiet_transformers
+from limbeck.pretrained import UNREADABLE, first_line, quiet_transformers
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.registry import check_options, import_object
 from limbeck.students.depth import take_layers
@@ -104,19 +104,18 @@ def _vocabulary(processor: Any) -> dict[str, int]:
     return {} if processor is None else dict(processor.get_vocab())
 
 
-def check_lengths(models: Mapping[str, nn.Module], data: Mapping[str, Examples]) -> None:
+def check_lengths(limits: Mapping[str, int | None], data: Mapping[str, Examples]) -> None:
     """Refuse texts that are longer than a model can read.
 
     Args:
-        models: By role, ``"teacher"`` and ``"student"``.
+        limits: The most tokens that a model reads, by role, ``"teacher"`` and ``"student"``; None for no limit.
         data: The encoded examples by split.
 
     Raises:
         ValueError: the message names the length to set.
     """
     longest = max((length for examples in data.values() for length in examples.lengths or ()), default=0)
-    for role, model in models.items():
-        most = most_tokens(model)
+    for role, most in limits.items():
         if most is not None and longest > most:
             raise ValueError(
                 f"the {role} reads at most {most} tokens, and the longest text has {longest}; "

@@ -30,9 +30,11 @@ LAYERS = [
     "train report",
     "tasks evaluate",
     "recipe stage",
-    "models summary pairing remember",
+    "models pairing plan",
+    "teaching",
+    "summary remember",
     "run",
-    "progress testing",
+    "progress testing building",
     "cli_cache",
     "cli",
 ]

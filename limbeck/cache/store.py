@@ -171,7 +171,7 @@ def _claim(folder: Path, belongs: Mapping[str, Any]) -> None:
         if difference:
             raise ValueError(f"{folder} holds signals of another teacher ({difference}); choose another folder")
         return
-    foreign = next((p.name for p in folder.iterdir() if not p.name.endswith(PARTIAL)), None)
+    foreign = next((p.name for p in folder.iterdir() if p.is_file() and not p.name.endswith(PARTIAL)), None)
     if foreign is not None:
         raise ValueError(f"{folder} is no cache of limbeck, it holds {foreign!r}; choose another folder")
     write_text(manifest, _manifest_text(belongs))

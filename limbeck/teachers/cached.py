@@ -75,6 +75,16 @@ class Cached:
         device = _device(batch)
         return Signal({tap: self._joined(keys, tap, mask).to(device, non_blocking=True) for tap in wants})
 
+    def learn(self, batch: Batch, wants: Sequence[str]) -> None:
+        """Let the teacher compute what is not kept yet of a batch, and read nothing."""
+        mask = batch.get(ATTENTION_MASK)
+        mask = mask.detach().cpu() if isinstance(mask, Tensor) else None
+        keys = [key.tobytes() for key in example_keys(batch)]
+        missing = self._missing(keys, wants)
+        self.asked += len(keys)
+        if missing:
+            self._compute(batch, keys, missing, wants, mask)
+
     def _missing(self, keys: Sequence[bytes], wants: Sequence[str]) -> list[int]:
         """The places of examples that are not kept, each content once."""
         first = {key: place for place, key in reversed(list(enumerate(keys)))}

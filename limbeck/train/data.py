@@ -51,6 +51,8 @@ class Examples:
         collate: Makes a batch of a list of examples.
         lengths: Length of each example, to batch like with like; None where all are equally long.
         augment: Changes an example for training, by what it draws from the generator.
+        variants: How many times an example is drawn anew before the draws repeat, epoch by epoch and whatever the
+            seed, so that what a teacher says of them can be remembered; None for never.
 
     Example:
         >>> Examples([{"x": torch.tensor(1.0)}, {"x": torch.tensor(2.0)}]).batch([0, 1])
@@ -61,6 +63,7 @@ class Examples:
     collate: Callable[[list[Any]], Any] = default_collate
     lengths: Sequence[int] | None = None
     augment: Callable[[Any, np.random.Generator], Any] | None = None
+    variants: int | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -79,7 +82,9 @@ class Examples:
         item = self.items[index]
         if training is None or self.augment is None:
             return item
-        return self.augment(item, np.random.default_rng((*training, index, AUGMENTATION)))
+        seed, epoch = training
+        drawn_by = (seed, epoch) if self.variants is None else (epoch % self.variants,)
+        return self.augment(item, np.random.default_rng((*drawn_by, index, AUGMENTATION)))
 
 
 def cut(count: int, parts: int) -> list[tuple[int, int]]:

@@ -1,0 +1,160 @@
+"""A cache that is built once and then stands for its teacher."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import limbeck
+from limbeck.building import build_cache
+from limbeck.cache import Store, read_manifest
+from tests import tiny
+
+
+def recipe(place, **changes):
+    return {
+        "task": {"name": "table", "data": str(place / "data.csv"), "text": ["text"], "label": "label"},
+        "teacher": {"model": str(place / "teacher"), "training": {"steps": 2}},
+        "student": {"layers": [0]},
+        "training": {"epochs": 2, "batch_size": 16, "learning_rate": 1e-3},
+        "store": str(place / "store"),
+        **changes,
+    }
+
+
+@pytest.fixture
+def place(tmp_path):
+    tiny.save_encoder(tmp_path / "teacher")
+    tiny.table().to_csv(tmp_path / "data.csv", index=False)
+    return tmp_path
+
+
+def kept(place, **changes):
+    return recipe(place, teacher={"model": f"cache:{place / 'signals'}"}, **changes)
+
+
+def weights(folder):
+    return torch.cat([t.flatten() for _, t in sorted(load_file(folder / "student" / "model.safetensors").items())])
+
+
+def content(folder):
+    store = Store(read_manifest(folder), folder)
+    return {
+        (key, tap): store.get(key, tap)
+        for shard in store.shards.values()
+        for key in shard.keys
+        for tap in shard.kinds
+    }
+
+
+def test_a_cache_stands_for_its_teacher(place):
+    built = build_cache(recipe(place), place / "signals")
+    assert 0 < built.computed <= built.examples
+    assert not (place / "signals" / "work").exists()
+    live = limbeck.distill(recipe(place), place / "live")
+    shutil.rmtree(place / "teacher")
+    shutil.rmtree(place / "store")
+    ours = limbeck.distill(kept(place), place / "run")
+    torch.testing.assert_close(weights(place / "run"), weights(place / "live"), rtol=1e-3, atol=1e-4)
+    assert ours.student.teacher_examples == 0
+    assert (ours.teacher.score, ours.teacher.parameters) == (live.teacher.score, live.teacher.parameters)
+    assert ours.teacher.latency_ms is None
+    assert ours.speedup == {}
+    page = (place / "run" / "README.md").read_text()
+    assert "not measured" in page
+
+
+def test_building_again_asks_for_nothing(place):
+    first = build_cache(recipe(place), place / "signals")
+    before = content(place / "signals")
+    again = build_cache(recipe(place), place / "signals")
+    assert first.computed > 0
+    assert again.computed == 0
+    after = content(place / "signals")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def with_examples(count, made):
+    return {**made, "task": {**made["task"], "train_examples": count}}
+
+
+def test_of_grown_data_what_is_new_is_asked_for_and_filtered_data_is_there(place):
+    tiny.save_classifier(place / "teacher", ["bad", "good"])  # one that needs no training on the data
+    first = build_cache(with_examples(20, recipe(place)), place / "signals")
+    before = content(place / "signals")
+    grown = build_cache(recipe(place), place / "signals")
+    assert grown.examples > 20
+    assert first.computed + grown.computed == len(Store(read_manifest(place / "signals"), place / "signals"))
+    after = content(place / "signals")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    report = limbeck.distill(with_examples(30, kept(place)), place / "filtered")
+    assert report.student.teacher_examples == 0
+
+
+def test_missing_examples_are_counted_before_anything_is_trained(place):
+    build_cache(with_examples(20, recipe(place)), place / "signals")
+    with pytest.raises(
+        ValueError, match=r"\d+ of \d+ training examples are not in .*signals, and there is no teacher"
+    ):
+        limbeck.distill(kept(place), place / "run")
+    assert not (place / "run").exists()
+
+
+def test_a_teacher_whose_cache_was_not_finished_is_refused(place):
+    build_cache(recipe(place), place / "signals")
+    shutil.rmtree(place / "signals" / "teacher")
+    with pytest.raises(ValueError, match="finish it with limbeck cache build"):
+        limbeck.distill(kept(place), place / "run")
+
+
+def test_other_labels_and_other_evaluation_data_are_refused(place):
+    build_cache(recipe(place), place / "signals")
+    about = place / "signals" / "teacher" / "about.json"
+    found = json.loads(about.read_text())
+    about.write_text(json.dumps({**found, "labels": found["labels"][::-1]}))
+    with pytest.raises(
+        ValueError, match=r"answers with the labels \['good', 'bad'\], and the task has \['bad', 'good'\]"
+    ):
+        limbeck.distill(kept(place), place / "run")
+    about.write_text(json.dumps({**found, "data": {"validation": "another"}}))
+    with pytest.raises(ValueError, match="answered another validation split"):
+        limbeck.distill(kept(place), place / "run")
+    about.write_text("{")
+    with pytest.raises(ValueError, match=r"about\.json is damaged"):
+        limbeck.distill(kept(place), place / "run")
+
+
+def test_layers_that_were_not_kept_are_refused(place):
+    build_cache(recipe(place), place / "signals")
+    with pytest.raises(
+        ValueError, match=r"layers \[1\] come from the teacher's weights, which are not here; .* \[0\]"
+    ):
+        limbeck.distill(kept(place, student={"layers": [1]}), place / "run")
+
+
+@pytest.mark.parametrize("terms", [{"hidden": {"tap": "layers", "loss": "mse", "map": "cka"}}])
+def test_layers_cannot_be_matched_without_a_teacher(place, terms):
+    build_cache(recipe(place), place / "signals")
+    with pytest.raises(ValueError, match="map cka is found from the teacher's layers, which are not here"):
+        limbeck.distill(kept(place, terms=terms), place / "run")
+
+
+def test_a_folder_with_other_things_is_refused_before_the_teacher_is_trained(place):
+    (place / "mine").mkdir()
+    (place / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"is no cache of limbeck, it holds 'notes.txt'"):
+        build_cache(recipe(place), place / "mine")
+    with pytest.raises(ValueError, match="is a file"):
+        build_cache(recipe(place), place / "data.csv")
+    with pytest.raises(ValueError, match="is a cache already"):
+        build_cache(kept(place), place / "other")
+    assert not (place / "store").exists()
+
+
+def test_too_little_room_is_said_before_the_teacher_is_asked(place, monkeypatch):
+    monkeypatch.setattr("limbeck.building.free_bytes", lambda place: 10)
+    with pytest.raises(ValueError, match="bytes of signals do not fit the 10 free"):
+        build_cache(recipe(place), place / "signals")
