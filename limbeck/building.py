@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,16 @@ from limbeck.batch import to_device
 from limbeck.cache import MANIFEST, Store
 from limbeck.plan import Observer, Plan
 from limbeck.recipe import Recipe
-from limbeck.remember import bytes_needed, fingerprint, free_bytes
+from limbeck.remember import bytes_needed, fingerprint, free_bytes, shard_bytes
 from limbeck.run import Run, as_recipe
 from limbeck.tasks import TRAIN, is_regression, make_task
 from limbeck.teachers import Cached
 from limbeck.teaching import LiveTeacher, is_kept, keep_teacher, wanted
 from limbeck.train import Examples
 from limbeck.train.loop import AUTOCAST
+
+FLUSH_SECONDS = 30
+"""How long at most before what was computed is on the disk, for a slow teacher fills no shard for hours."""
 
 WORK = "work"
 """The folder beside the signals in which a teacher is fine-tuned; it goes when that is done."""
@@ -32,13 +36,15 @@ class Built:
 
     Attributes:
         examples: Training examples.
-        computed: Those that the teacher was run for now, by this process.
+        computed: Those that the teacher was run for now, by all processes.
         bytes: Of all that is kept.
+        is_main: Whether this process is the one that tells.
     """
 
     examples: int
     computed: int
     bytes: int
+    is_main: bool
 
 
 def build_cache(
@@ -71,7 +77,9 @@ def build_cache(
         )
     _check_place(out)
     task = make_task(recipe.task)
-    run = Run(recipe.resolved(is_regression(task)), task, out / WORK, observer or Observer(), several=True)
+    run = Run(recipe.resolved(is_regression(task)), task, out / WORK, Observer(), several=True)
+    if run.ranks.is_main_process and observer is not None:
+        run.observer = observer
     plan, result = run.teach(lambda tuned: _begin(run, tuned), retrain)
     assert isinstance(run.teacher, LiveTeacher)
     build = _Build(run, plan, run.teacher, out)
@@ -112,25 +120,31 @@ class _Build:
 
     def execute(self) -> Built:
         """Ask about all that is not there, in an order that depends on the data alone."""
+        from accelerate.utils import reduce
+
         recipe, data = self.run.recipe, self.run.data[TRAIN]
         if data.augment is not None and data.variants is None:
             raise ValueError("images are augmented anew in every epoch; set task.variants=4, or no augmentation")
         self._check_room(data)
-        store = Store(fingerprint(recipe, self.teacher.loaded), self.out)
+        store = Store(fingerprint(recipe, self.teacher.loaded), self.out, shard_bytes=shard_bytes(recipe))
         cached = Cached(self.teacher.source(), store, recipe.cache.dtype)
         self.run.observer.on_stage("signals")
         device, dtype = self.run.device, AUTOCAST[recipe.training.precision]
         self.teacher.loaded.model.to(device)
-        done, total = 0, len(data) * (data.variants or 1)
+        done, total, flushed = 0, len(data) * (data.variants or 1), time.monotonic()
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             for batch in self._shares(data):
                 cached.learn(to_device(batch, device), wanted(self.plan.terms))
+                if time.monotonic() - flushed > FLUSH_SECONDS:
+                    store.flush()
+                    flushed = time.monotonic()
                 done += recipe.training.batch_size * self.run.ranks.num_processes
                 self.run.observer.on_count("signals", min(done, total), total)
         store.flush()
+        computed = reduce(torch.tensor(float(cached.computed), device=device), "sum").item()
         self.run.ranks.wait_for_everyone()
         store.refresh()
-        return Built(len(data), cached.computed, store.nbytes())
+        return Built(len(data), int(computed), store.nbytes(), self.run.ranks.is_main_process)
 
     def _shares(self, data: Examples) -> Iterator[Any]:
         """This process's batches: every so manieth of all, the longest texts first."""

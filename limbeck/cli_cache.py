@@ -30,6 +30,8 @@ def build(
 
     with ConsoleObserver(console) as observer:
         built = build_cache(Recipe.load(recipe, changes or []), out, retrain=retrain, observer=observer)
+    if not built.is_main:
+        return
     console.print(
         f"{out}: {built.examples:,} examples, {built.bytes:,} bytes; the teacher ran for {built.computed:,} now",
         highlight=False,

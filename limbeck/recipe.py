@@ -99,6 +99,7 @@ class CacheSpec(Strict):
     )
     dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="in which numbers are kept")
     gib: float = Field(16.0, gt=0, description="what is held in memory at most; more goes to the disk")
+    shard_mib: float = Field(64.0, gt=0, description="size of the files; a killed process loses one at most")
 
     @field_validator("place", mode="before")
     @classmethod

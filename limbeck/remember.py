@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck.cache import SHARD_BYTES, Store, json_digest, module_identity
+from limbeck.cache import Store, json_digest, module_identity
 from limbeck.objective import PlannedTerm
 from limbeck.recipe import Recipe
 from limbeck.tasks import Loaded
@@ -82,9 +82,16 @@ def recall(
         return Memory(
             None, f"not remembered: {size} fit neither cache.gib={cache.gib:g} nor the {free:,} bytes free"
         )
-    store = Store(fingerprint(recipe, teacher.loaded), place, shard_bytes=SHARD_BYTES if on_disk else budget)
+    store = Store(
+        fingerprint(recipe, teacher.loaded), place, shard_bytes=shard_bytes(recipe) if on_disk else budget
+    )
     where = f"in {place}" if own is None else "on the disk for this run" if on_disk else "for this run"
     return Memory(store, f"remembered {where}, {size}", cache.dtype, own)
+
+
+def shard_bytes(recipe: Recipe) -> int:
+    """How much is gathered before it goes to the disk."""
+    return int(recipe.cache.shard_mib * 2**20)
 
 
 def free_bytes(place: Path) -> int:

@@ -406,7 +406,7 @@ def _processes(several: bool) -> Any:
     """
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else it starts one alone on a CPU
     if state.num_processes > 1 and not several:
         raise ValueError(
             f"a run is one process, and {state.num_processes} were started; for several ranks call limbeck.fit"

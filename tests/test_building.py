@@ -1,7 +1,10 @@
 """A cache that is built once and then stands for its teacher."""
 
 import json
+import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from safetensors.torch import load_file
 import limbeck
 from limbeck.building import build_cache
 from limbeck.cache import Store, read_manifest
+from limbeck.recipe import Recipe
 from tests import tiny
 
 
@@ -158,3 +162,19 @@ def test_too_little_room_is_said_before_the_teacher_is_asked(place, monkeypatch)
     monkeypatch.setattr("limbeck.building.free_bytes", lambda place: 10)
     with pytest.raises(ValueError, match="bytes of signals do not fit the 10 free"):
         build_cache(recipe(place), place / "signals")
+
+
+def test_two_processes_share_the_work(place):
+    tiny.save_classifier(place / "teacher", ["bad", "good"])
+    (place / "recipe.yaml").write_text(Recipe.parse(recipe(place)).to_yaml())
+    port = str(random.Random().randint(20000, 50000))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    command = [*launch, "-m", "limbeck", "cache", "build", str(place / "recipe.yaml"), "--out"]
+    done = subprocess.run([*command, str(place / "both")], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    built = build_cache(recipe(place), place / "alone")
+    assert f"the teacher ran for {built.computed} now" in done.stdout
+    assert len(list((place / "both").glob("*.safetensors"))) == 2
+    ours, theirs = content(place / "both"), content(place / "alone")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[k], theirs[k], rtol=1e-5, atol=1e-6) for k in ours)

@@ -2,12 +2,11 @@
 
 from limbeck.cache.keys import example_keys, first_difference, json_digest, module_identity, weights_digest
 from limbeck.cache.layout import KINDS, Kind, cut, join, kind_of
-from limbeck.cache.store import MANIFEST, SHARD_BYTES, Store, merge, prune, read_manifest, verify
+from limbeck.cache.store import MANIFEST, Store, merge, prune, read_manifest, verify
 
 __all__ = [
     "KINDS",
     "MANIFEST",
-    "SHARD_BYTES",
     "Kind",
     "Store",
     "cut",
