@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from limbeck.losses.base import loss
+from limbeck.losses.distributions import paired_probs, times_squared
 from limbeck.losses.labels import finite, may_ask, over_classes, zero_unless
-from limbeck.losses.logits import (
-    paired_probs,
-    times_squared,
-)
+from limbeck.losses.sparse import COLUMNS
 
 
 def _rows(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -74,7 +72,7 @@ def _there(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor | No
     return _rows(there if mask is None else there & (mask != 0).unsqueeze(-1), None)
 
 
-@loss
+@loss(sparse=COLUMNS)
 def dist(
     student: Tensor,
     teacher: Tensor,
@@ -127,7 +125,7 @@ def dist(
     return times_squared(values.view(student.shape[:-1]), temperature)
 
 
-@loss
+@loss(sparse=COLUMNS)
 def class_correlation(
     student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, temperature: float | Tensor = 1.0
 ) -> Tensor:
@@ -164,7 +162,7 @@ def class_correlation(
     return (p.T @ p - q.T @ q).square().sum() / classes
 
 
-@loss
+@loss(sparse=COLUMNS)
 def batch_correlation(
     student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, temperature: float | Tensor = 1.0
 ) -> Tensor:
