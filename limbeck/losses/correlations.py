@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from limbeck.losses.base import loss
+from limbeck.losses.base import loss, refuse_sparse
 from limbeck.losses.distributions import paired_probs, times_squared
 from limbeck.losses.labels import finite, may_ask, over_classes, zero_unless
 from limbeck.losses.sparse import COLUMNS
@@ -115,6 +115,7 @@ def dist(
         T = 1; CIFAR-100 T = 4). Its code adds 1e-8 to the product of the lengths, which mutes the classes whose
         probabilities are about 1e-4 and less in the whole batch.
     """
+    refuse_sparse("the loss", COLUMNS, teacher)
     q, p = paired_probs(student, teacher, temperature)
     _check_mask(student, mask)
     there = _there(student, teacher, mask)
@@ -199,6 +200,7 @@ def batch_correlation(
 def _batch_of_probabilities(
     student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
+    refuse_sparse("the loss", COLUMNS, teacher)
     q, p = paired_probs(student, teacher, temperature)
     _check_mask(student, mask)
     return _rows(q, mask), _rows(p, mask)
