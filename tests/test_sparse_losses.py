@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from limbeck import Distiller, Term
+from limbeck import Distiller, Term, sparse
 from limbeck.losses import LOSSES, compare_by, evaluate, loss, traits_of
-from limbeck.losses.sparse import bucketed, over_buckets
+from limbeck.losses.sparse import Parted, bucketed, over_buckets, parted
 from limbeck.losses.transforms import TEMPERATURES, TRANSFORMS
 from limbeck.sparse import sample, top_k
 from limbeck.types import Signal, TopK
@@ -266,6 +266,28 @@ def test_gradients_agree_with_finite_differences():
     student, kept = logits(3, V).requires_grad_(), top_k(logits(3, V, seed=2), 4, T)
     assert torch.autograd.gradcheck(lambda z: LOSSES.get("forward_kl")(z, kept, temperature=2.0), student)
     assert torch.autograd.gradcheck(lambda z: bucketed(z, kept, 0.5)[0], student)
+
+
+@pytest.mark.parametrize("k", [1, 4, V])
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_gradient_is_that_of_automatic_differentiation_block_by_block(k, apart, monkeypatch):
+    monkeypatch.setattr(sparse, "BLOCK", 2 * V)
+    z, ids = logits(7, V), logits(7, V, seed=2).topk(k).indices
+    for t in T:
+        ours, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
+        out = ids if apart else ids[:, :0]
+        found, expected = Parted.apply(ours, ids, out, t), parted(theirs, ids, out, t)
+        torch.testing.assert_close(found, expected)
+        for kept, rest in (found, expected):
+            (kept.sin().sum() + rest.masked_fill(rest.isneginf(), 0.0).cos().sum()).backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_compiler_does_the_same():
+    student, kept = logits(3, V).requires_grad_(), top_k(logits(3, V, seed=2), 4, T)
+    compiled = torch.compile(LOSSES.get("forward_kl"), backend="eager", fullgraph=True)
+    found = value_and_gradient(compiled, student, kept, temperature=2.0)
+    torch.testing.assert_close(found, value_and_gradient("forward_kl", student, kept, temperature=2.0))
 
 
 @pytest.mark.parametrize("head", [0, 2])

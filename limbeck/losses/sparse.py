@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from limbeck.losses.base import accepts_sparse, full_precision
 from limbeck.losses.labels import known_labels, zero_unless
 from limbeck.shapes import are_padded
+from limbeck.sparse import block_rows
 from limbeck.types import IGNORE_INDEX, LABELS, Sampled, Sparse, TopK
 
 CONSTANT = "a constant added to all logits of a position counts for it, and they are kept up to such a constant"
@@ -58,23 +60,65 @@ def bucketed(student: Tensor, teacher: Sparse, temperature: float | Tensor = 1.0
             "alone, which has the gradient of forward_kl; use that loss, or keep the largest logits (TopK)"
         )
     column = known_column(teacher, temperature)
-    kept, rest = _parted(_divided(student, temperature), teacher.ids)
-    values, log_rest = _divided(teacher.values.detach(), temperature), full_precision(teacher.log_rest.detach())
-    pairs = (kept, rest.unsqueeze(-1)), (values, log_rest[..., column : column + 1])
-    return torch.cat(pairs[0], dim=-1), torch.cat(pairs[1], dim=-1)
+    log_rest = full_precision(teacher.log_rest.detach())[..., column : column + 1]
+    known = torch.cat([_divided(teacher.values.detach(), temperature), log_rest], dim=-1)
+    nothing = teacher.ids < 0
+    some = torch.where(nothing, teacher.ids.amax(dim=-1, keepdim=True), teacher.ids)  # one that is kept anyway
+    kept, rest = _parted(student, some.clamp(min=0), True, float(temperature))
+    return torch.cat([kept.masked_fill(nothing, -torch.inf), rest], dim=-1), known
 
 
-def _parted(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of some entries (..., K), minus infinity where an id is -1; and log-sum-exp of all others (...,)."""
-    nothing = ids < 0
-    some = torch.where(nothing, ids.amax(dim=-1, keepdim=True), ids).clamp(min=0)  # any that is taken anyway
-    kept = logits.gather(-1, some).masked_fill(nothing, -torch.inf)
-    others = logits.scatter(-1, some, -torch.inf)
+class Parted(torch.autograd.Function):
+    """See `parted`; nothing as large as the logits is kept for backward, which makes their gradient alone."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, out: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Compute (N, K) and (N, 1) of (N, V), some positions at a time."""
+        ctx.temperature = temperature
+        parts = [parted(rows, at, left_out, temperature) for rows, at, left_out in _blocks(logits, ids, out)]
+        kept, rest = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(logits, ids, out, rest)
+        return kept, rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_kept: Tensor, of_rest: Tensor) -> tuple[Tensor, None, None, None]:
+        """Compute exp(z / T - rest) / T times the gradient of the rest, and that of the kept in their places."""
+        logits, ids, out, rest = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        rest, of_rest = rest.masked_fill(rest.isneginf(), 0.0), of_rest / ctx.temperature
+        sides = (logits, ids, out, rest, of_kept / ctx.temperature, of_rest, gradient)
+        for block, at, left_out, level, own, other, written in _blocks(*sides):
+            shares = (_divided(block, ctx.temperature) - level).exp_().mul_(other)
+            written.copy_(shares.scatter_(-1, left_out, 0.0).scatter_add_(-1, at, own))
+        return gradient, None, None, None
+
+
+def _blocks(*sides: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Some positions of each at a time; the first decides how many, (N, V)."""
+    return zip(*(torch.split(side, block_rows(sides[0])) for side in sides), strict=True)
+
+
+def parted(logits: Tensor, ids: Tensor, out: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Some entries of logits (N, V) at a temperature, (N, K), and log-sum-exp of all not in `out`, (N, 1)."""
+    logits = _divided(logits, temperature)
+    others = logits.scatter(-1, out, -torch.inf)
     largest = others.detach().amax(dim=-1, keepdim=True)
-    none = largest.isneginf()
-    total = (others - largest.masked_fill(none, 0.0)).exp().sum(dim=-1, keepdim=True)
-    rest = (largest.masked_fill(none, 0.0) + total.masked_fill(none, 1.0).log()).masked_fill(none, -torch.inf)
-    return kept, rest.squeeze(-1)
+    none = largest.isneginf()  # there the exponentials sum to 0, whose logarithm has no gradient
+    level = largest.masked_fill(none, 0.0)
+    total = (others - level).exp().sum(dim=-1, keepdim=True)
+    return logits.gather(-1, ids), (level + total.masked_fill(none, 1.0).log()).masked_fill(none, -torch.inf)
+
+
+def _parted(logits: Tensor, ids: Tensor, apart: bool, temperature: float) -> tuple[Tensor, Tensor]:
+    """Some entries (..., K), and log-sum-exp of all others, or of all unless they are `apart`, (..., 1)."""
+    rows = logits.reshape(-1, logits.shape[-1]), ids.reshape(-1, ids.shape[-1])
+    out = rows[1] if apart else rows[1][:, :0]
+    if torch.compiler.is_compiling():  # it does the same by itself
+        kept, rest = parted(*rows, out, temperature)
+    else:
+        kept, rest = Parted.apply(*rows, out, temperature)  # type: ignore[no-untyped-call]
+    return kept.view(ids.shape), rest.view(*ids.shape[:-1], 1)
 
 
 def sampled_cross_entropy(student: Tensor, teacher: Sampled, temperature: float | Tensor = 1.0) -> Tensor:
@@ -104,9 +148,8 @@ def sampled_cross_entropy(student: Tensor, teacher: Sampled, temperature: float 
     """
     check_sides(student, teacher)
     weights = full_precision(teacher.weights.detach())[..., known_column(teacher, temperature)]
-    logits = _divided(student, temperature)
-    log_q = logits.gather(-1, teacher.ids) - torch.logsumexp(logits, dim=-1, keepdim=True)
-    return -(weights * zero_unless(weights != 0, log_q)).sum(dim=-1)
+    picked, whole = _parted(student, teacher.ids, False, float(temperature))
+    return -(weights * zero_unless(weights != 0, picked - whole)).sum(dim=-1)
 
 
 def most_probable(student: Tensor, teacher: Sparse) -> Tensor:
