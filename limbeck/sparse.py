@@ -44,7 +44,8 @@ def top_k(logits: Tensor, k: int, temperatures: Sequence[float] = (1.0,)) -> Top
     _check(logits, temperatures, k=k)
     k = min(k, logits.shape[-1])
     blocks = [_top_k(rows, k, temperatures) for rows in _blocks(logits)]
-    ids, values, log_rest = (torch.cat(part).view(*logits.shape[:-1], -1) for part in zip(*blocks, strict=True))
+    joined = (torch.cat(part) for part in zip(*blocks, strict=True))
+    ids, values, log_rest = (part.view(*logits.shape[:-1], part.shape[-1]) for part in joined)
     return TopK(ids, logits.shape[-1], _floats(temperatures), values, log_rest)
 
 
@@ -103,13 +104,9 @@ def sample(
     head = min(head, logits.shape[-1])
     blocks = [_sample(rows, draws, temperatures, generator, head) for rows in _blocks(logits)]
     ids, weights = (torch.cat(part) for part in zip(*blocks, strict=True))
-    leading = logits.shape[:-1]
-    return Sampled(
-        ids.view(*leading, -1),
-        logits.shape[-1],
-        _floats(temperatures),
-        weights.view(*leading, -1, len(temperatures)),
-    )
+    shape = (*logits.shape[:-1], ids.shape[-1])
+    weights = weights.view(*shape, len(temperatures))
+    return Sampled(ids.view(shape), logits.shape[-1], _floats(temperatures), weights)
 
 
 def _sample(

@@ -262,6 +262,16 @@ def test_half_precision_stays_close(name, options):
     torch.testing.assert_close(close.double(), exact[0], rtol=2e-2, atol=2e-2)
 
 
+def test_no_positions_and_any_layout_are_fine():
+    student, teacher = logits(0, V).requires_grad_(), logits(0, V)
+    for name, kept in (("forward_kl", top_k(teacher, 2)), ("soft_cross_entropy", sample(teacher, 2, head=1))):
+        LOSSES.get(name)(student, kept).sum().backward()
+    assert student.grad.shape == (0, V)
+    turned, teacher = logits(2, 3, V).transpose(0, 1), logits(3, 2, V, seed=2)
+    found = value_and_gradient("forward_kl", turned, top_k(teacher, V))
+    torch.testing.assert_close(found, value_and_gradient("forward_kl", turned, teacher))
+
+
 def test_gradients_agree_with_finite_differences():
     student, kept = logits(3, V).requires_grad_(), top_k(logits(3, V, seed=2), 4, T)
     assert torch.autograd.gradcheck(lambda z: LOSSES.get("forward_kl")(z, kept, temperature=2.0), student)
