@@ -16,12 +16,12 @@ from torch import Size, Tensor, nn
 
 from limbeck.balance import build_balance, gradient_products
 from limbeck.batch import ATTENTION_MASK, batch_size, mask_key, valid_positions
-from limbeck.losses.call import Side, compare_valid
+from limbeck.losses.call import Side, Target, compare_valid
 from limbeck.projectors import Projector, build_projector
 from limbeck.reduce import fitting, masked_mean
 from limbeck.registry import nearest
 from limbeck.terms import Term
-from limbeck.types import EXAMPLE_ID, LABELS, Batch, Output, Signal
+from limbeck.types import EXAMPLE_ID, LABELS, Batch, Output, Signal, Sparse
 
 EXAMPLES, LOGITS, IGNORE = "examples", "logits", "ignore_index"
 
@@ -191,7 +191,7 @@ class Objective(nn.Module):
             count = None if counts is None else counts[EXAMPLES if mask is None else str(key)]
             return masked_mean(values, mask, count)
 
-    def _supplied(self, term: Term, read: Side, target: Side, batch: Batch) -> dict[str, Any]:
+    def _supplied(self, term: Term, read: Side, target: Target, batch: Batch) -> dict[str, Any]:
         """What the loss may ask for beside the two sides and the mask."""
         supplied: dict[str, Any] = {**self._learned(term, read, target), **self._borrowed[term.name]}
         supplied[LABELS] = batch.get(LABELS)
@@ -199,7 +199,7 @@ class Objective(nn.Module):
             supplied[EXAMPLE_ID] = _entry(batch, EXAMPLE_ID)
         return supplied
 
-    def _learned(self, term: Term, read: Side, target: Side) -> dict[str, nn.Module]:
+    def _learned(self, term: Term, read: Side, target: Target) -> dict[str, nn.Module]:
         if not term.learned:
             return {}
         modules = self.learned[_key(term)]
@@ -208,23 +208,28 @@ class Objective(nn.Module):
             _ensure_sized(module, read, target)
         return dict(modules.items())
 
-    def _project(self, term: Term, read: Side, target: Side) -> Side:
+    def _project(self, term: Term, read: Side, target: Target) -> Side:
         if term.project is None:
             return read
+        if isinstance(target, Sparse):
+            raise ValueError(
+                "nothing can be projected to targets that hold only some of the teacher's logits "
+                f"({type(target).__name__}); drop project={term.project!r}"
+            )
         projector = self.projections[_key(term)]
         _ensure_sized(projector, read, target)
         projected: Side = projector(read, _sizes(target))
         return projected
 
 
-def _ensure_sized(module: nn.Module, read: Side, target: Side) -> None:
+def _ensure_sized(module: nn.Module, read: Side, target: Target) -> None:
     assert isinstance(module, Projector)
     if not module.sized:
         module.size(_sizes(read), _sizes(target))
         module.to(device=_first(read).device)
 
 
-def _sides(term: Term, student: Signal, teacher: Signal, batch: Batch) -> tuple[Side, Side]:
+def _sides(term: Term, student: Signal, teacher: Signal, batch: Batch) -> tuple[Side, Target]:
     """What a term compares: one tensor on each side, or a tuple of them."""
     read = tuple(student[tap] for tap in term.taps)
     target = (_labels(batch),) if term.reads_labels else tuple(teacher[tap] for tap in term.teacher_taps)
@@ -235,11 +240,11 @@ def _first(side: Side) -> Tensor:
     return side[0] if isinstance(side, tuple) else side
 
 
-def _sizes(side: Side) -> Size | tuple[Size, ...]:
+def _sizes(side: Target) -> Size | tuple[Size, ...]:
     return tuple(t.shape for t in side) if isinstance(side, tuple) else side.shape
 
 
-def _shape(side: Side) -> tuple[Any, ...]:
+def _shape(side: Target) -> tuple[Any, ...]:
     return tuple(tuple(t.shape) for t in side) if isinstance(side, tuple) else tuple(side.shape)
 
 

@@ -36,7 +36,8 @@ class Sparse:
     It stands where logits (..., V) would stand: `shape`, `ndim` and indexing of the leading dimensions are theirs.
 
     Attributes:
-        ids: (..., K), the known entries' numbers, int64.
+        ids: (..., K), the known entries' numbers, int64. Of `TopK`, a place that holds none has the number -1 and
+            the value minus infinity; of `Sampled`, the weight 0.
         size: V, the number of all entries.
         temperatures: Those at which it is known, T of them.
     """
