@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import limbeck
+from limbeck import cli
 from limbeck.building import build_cache
 from limbeck.cache import Store, read_manifest
 from limbeck.recipe import Recipe
@@ -178,3 +179,50 @@ def test_two_processes_share_the_work(place):
     ours, theirs = content(place / "both"), content(place / "alone")
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[k], theirs[k], rtol=1e-5, atol=1e-6) for k in ours)
+
+
+@pytest.fixture
+def limbeck_command(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["limbeck", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return run
+
+
+def test_the_commands_of_the_readme(place, limbeck_command):
+    (place / "recipe.yaml").write_text(Recipe.parse(recipe(place)).to_yaml())
+    status, said = limbeck_command("cache", "build", place / "recipe.yaml", "--out", place / "signals")
+    assert (status, "the teacher ran for" in said) == (0, True)
+    teacher = ["--teacher", f"cache:{place / 'signals'}", "--out", place / "run"]
+    status, said = limbeck_command("distill", place / "recipe.yaml", *teacher)
+    assert (status, "not here, its signals are" in said, "not measured" in said) == (0, True, True)
+    for place_of_signals, note in (("off", "not remembered, by the recipe"), (place / "more", "remembered in")):
+        arguments = ["--cache", place_of_signals, "--out", place / f"run-{note[:3]}", "--set", "baseline=false"]
+        status, said = limbeck_command("distill", place / "recipe.yaml", *arguments)
+        assert (status, note in " ".join(said.split())) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["cache", "build", "none.yaml", "--out", "x"], "there is no recipe none.yaml"),
+        (["cache", "bild", "r.yaml"], "No such command 'bild'"),
+        (["cache", "info", "nowhere"], "nowhere is no cache of limbeck"),
+        (["distill", "RECIPE", "--teacher", "cache:nowhere"], "nowhere is no cache of limbeck"),
+        (["distill", "RECIPE", "--set", "cache.plce=off"], "did you mean 'place'"),
+        (["distill", "RECIPE", "--set", "cache.gib=0"], "cache.gib"),
+    ],
+)
+def test_what_is_mistyped_is_one_clear_line(place, limbeck_command, words, said):
+    (place / "recipe.yaml").write_text(Recipe.parse(recipe(place)).to_yaml())
+    status, printed = limbeck_command(*[str(place / "recipe.yaml") if w == "RECIPE" else w for w in words])
+    assert status == 2
+    assert said in printed
+    assert "Traceback" not in printed
