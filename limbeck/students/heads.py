@@ -132,7 +132,7 @@ class _Takes:
         self.named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
     def of(self, named: Mapping[str, Any]) -> dict[str, Any]:
-        """Those entries; of a model that takes anything beside its inputs, that is flags such as what to return."""
+        """Those entries; where a model takes anything beside its inputs, also flags, such as what to return."""
         if self.is_open and not self.named:
             return dict(named)
         return {k: v for k, v in named.items() if k in self.named or (self.is_open and isinstance(v, bool))}

@@ -72,9 +72,7 @@ class Scoring:
         tasks = tuple(tasks)
         for task in self.data if self.several and tasks else ():
             if task not in tasks:
-                raise ValueError(
-                    f"there is evaluation data for {task!r}, which is not trained; {nearest(task, tasks)}"
-                )
+                raise ValueError(f"evaluation data is for {task!r}, which is not trained; {nearest(task, tasks)}")
         if tasks and not self.several and TASK in ModuleInputs(distiller.student).named:
             raise ValueError(
                 f"the student has to know the task of evaluation data; pass {{task: data}} for {', '.join(tasks)}"
