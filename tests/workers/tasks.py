@@ -1,6 +1,6 @@
 """A small training on two tasks in a process of its own, to be launched on several ranks.
 
-python tasks.py OUT.safetensors --ranks N [--accumulation N] [--steps N] [--kept]
+python tasks.py OUT.safetensors [--accumulation N] [--kept]
 """
 
 import argparse
@@ -64,27 +64,30 @@ def distiller(dropout=0.0, kept=False, **options):
     return Distiller(student(dropout), ByTask(asked), terms(), **options)
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--accumulation", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--kept", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+def train(trained, steps, accumulation=1):
     settings = Settings(
         batch_size=16,
-        steps=arguments.steps,
-        accumulation=arguments.accumulation,
+        steps=steps,
+        schedule="constant",
+        accumulation=accumulation,
         learning_rate=1e-2,
         warmup=2,
         evaluate_every=4,
         log_every=3,
     )
+    return fit(trained, Mixed(data(), tau=0.5), data(20, 20), settings)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--kept", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
     trained = distiller(kept=arguments.kept)
-    result = fit(trained, Mixed(data(), tau=0.5), data(20, 20), settings)
-    assert Accelerator().num_processes == arguments.ranks
+    result = train(trained, 7, arguments.accumulation)
+    assert Accelerator().num_processes == 2
     os.write(1, f"{sorted(result.scores)} {result.history}\n".encode())
     if int(os.environ.get("RANK", "0")) == 0:
         save_weights(trained, arguments.out)
