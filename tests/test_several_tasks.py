@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification
 from limbeck import Callback, Distiller, Examples, Settings, Term, fit
 from limbeck.cache import Store, example_keys
 from limbeck.students import Heads
-from limbeck.teachers import ByTask, Cached, ModuleTeacher, as_teacher
+from limbeck.teachers import ByTask, Cached, ModuleTeacher, Self, as_teacher
 from limbeck.testing import TeacherContract
 from limbeck.train import JsonLog, Mixed, predict, read_log
 from limbeck.train.checkpoint import load_weights, save_weights
@@ -584,6 +584,34 @@ def test_what_is_remembered_of_a_teacher_of_all_tasks_is_kept_by_task():
     alone.signal({"input": x}, ["logits"])
     ByTask({"a": alone}).signal({"input": x, "task": "a"}, ["logits"])
     assert alone.computed == 1
+
+
+def test_one_teacher_may_know_all_tasks():
+    """A module that takes the task, as the student is one; remembered, too."""
+    terms = [Term("logits", loss="forward_kl"), Term("body", "body", loss="mse", project="linear", task="two")]
+    by_task = Distiller(small.student(), small.teachers(), terms[:1])
+    theirs = small.teachers()
+    nn.init.zeros_(theirs["two"][0][0].weight)
+    theirs["three"][0].load_state_dict(theirs["two"][0].state_dict())
+    several = Heads(theirs, "0")
+    expected = {t: ByTask(theirs).signal(batch(t), ["logits"])["logits"] for t in theirs}
+    kept = Cached(ModuleTeacher(several), Store({}))
+    for teacher in (several, kept):
+        trained = Distiller(small.student(), teacher, terms)
+        for task in ("two", "three"):
+            log_p, one = expected[task].log_softmax(-1), batch(task)
+            log_q = trained.student(one["input"], task=task).log_softmax(-1)
+            value = trained(**one).terms["forward_kl"]
+            assert value.item() == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-5)
+    assert kept.computed == 8
+    assert by_task(**one).terms["forward_kl"].item() != pytest.approx(value.item(), rel=1e-3)
+
+
+def test_a_student_may_be_its_own_teacher_in_one_task():
+    exits = Term("body.0", "body.0", loss="mse", task="two", name="own")
+    trained = Distiller(small.student(), Self(), [exits, Term("labels", loss="cross_entropy", task="three")])
+    assert trained(**batch("two")).terms["own"].item() == 0
+    assert list(trained(**batch("three")).terms) == ["three.cross_entropy"]
 
 
 def test_an_identity_is_that_of_all_teachers():

@@ -47,7 +47,8 @@ class Mixed:
         (50, [0.667, 0.333])
 
     Reference:
-        Yang et al. 2020, TextBrewer, arXiv:2002.12620 (its MultiTaskDistiller draws tasks in this way).
+        Yang et al. 2020, TextBrewer, arXiv:2002.12620. Its MultiTaskDistiller draws in this way, but anew for each
+        part of an accumulated update, and does not repeat its draws after an interruption.
     """
 
     parts: Mapping[str, Any]
