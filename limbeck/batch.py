@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.types import IGNORE_INDEX, INPUTS, LABELS, STUDENT, TEACHER, TEACHER_CACHE, Batch, Sparse
+from limbeck.types import IGNORE_INDEX, INPUTS, LABELS, STUDENT, TASK, TEACHER, TEACHER_CACHE, Batch, Sparse
 
 ATTENTION_MASK = "attention_mask"
 PARTS = {STUDENT, TEACHER, TEACHER_CACHE}
@@ -78,6 +78,26 @@ def view(batch: Batch, side: str) -> Batch:
         return batch
     common = {key: value for key, value in batch.items() if key not in parts}
     return {**common, **as_batch(batch[side])} if side in batch else common
+
+
+def task_of(batch: Batch) -> str:
+    """The task that a batch belongs to.
+
+    Raises:
+        ValueError: it names none, or not one for the whole batch.
+
+    Example:
+        >>> task_of({"input": torch.zeros(2, 3), "task": "rte"})
+        'rte'
+    """
+    if TASK not in batch:
+        raise ValueError(
+            f"the batch has no {TASK!r}, only {sorted(batch)}; add the task's name, or use limbeck.Mixed"
+        )
+    task = batch[TASK]
+    if not isinstance(task, str):
+        raise ValueError(f"the {TASK!r} of a batch is one name for all its examples, got {task!r}")
+    return task
 
 
 def positional(batch: Batch) -> tuple[Any, ...]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from limbeck.balance import build_balance, gradient_products
-from limbeck.batch import ATTENTION_MASK, batch_size, mask_key, valid_positions
+from limbeck.balance import Balance, build_balance, chosen, gradient_products
+from limbeck.batch import ATTENTION_MASK, batch_size, mask_key, task_of, valid_positions
 from limbeck.losses.call import Side, Target, compare_valid
 from limbeck.projectors import Projector, build_projector
 from limbeck.reduce import fitting, masked_mean
@@ -25,8 +25,8 @@ from limbeck.types import EXAMPLE_ID, LABELS, Batch, Output, Signal, Sparse
 
 EXAMPLES, LOGITS, IGNORE = "examples", "logits", "ignore_index"
 
-Borrow = Callable[[str], nn.Module]
-"""Finds a module of the teacher by its path."""
+Borrow = Callable[[str, str | None], nn.Module]
+"""Finds a module of the teacher by its path; of one task's teacher, where the second names a task."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,12 @@ class Objective(nn.Module):
         balance: See `limbeck.balance.build_balance`.
         borrow: Finds a part of the teacher by its path, for losses that ask for one.
 
+    Attributes:
+        tasks: The tasks that terms are for; empty where all terms are for every batch.
+
     Raises:
-        ValueError: no term, two of one name, or a part that the teacher does not have.
+        ValueError: no term, two of one name, a balance that needs all terms in each step although some are for
+            one task alone, or a part that the teacher does not have.
         TypeError: terms that are no list of `Term`.
     """
 
@@ -79,10 +83,30 @@ class Objective(nn.Module):
         )
         self.balance_spec = balance
         self.balance = build_balance(balance, [t.name for t in terms])
+        self.tasks = tuple(dict.fromkeys(t.task for t in terms if t.task is not None))
+        _check_several(self.balance, balance, self.tasks)
         self._borrowed: dict[str, dict[str, nn.Module]] = {}
         for term in terms:
             with in_term(term):
-                self._borrowed[term.name] = {name: borrow(path) for name, path in term.borrowed.items()}
+                self._borrowed[term.name] = {name: borrow(path, term.task) for name, path in term.borrowed.items()}
+
+    def task(self, batch: Batch) -> str | None:
+        """The task of a batch; None where all terms are for every batch, whatever its task.
+
+        Raises:
+            ValueError: the batch names no task, or one that no term is for.
+        """
+        if not self.tasks:
+            return None
+        task = task_of(batch)
+        if task not in self.tasks and all(t.task is not None for t in self.terms):
+            raise ValueError(f"no term is for the batch's task {task!r}; {nearest(task, self.tasks)}")
+        return task
+
+    def active(self, batch: Batch) -> tuple[Term, ...]:
+        """The terms that a batch counts for: those of its task, and those of all."""
+        task = self.task(batch)
+        return tuple(t for t in self.terms if t.task in (None, task))
 
     def forward(
         self,
@@ -103,20 +127,22 @@ class Objective(nn.Module):
             progress: Where training is, from 0 to 1; needed where anything is scheduled.
             measured: Parameters in which each term's gradient is to be measured; None for no measurement.
         """
-        values = {t.name: self._value(t, student, teacher, batch, counts, progress) for t in self.terms}
+        active = self.active(batch)
+        values = {t.name: self._value(t, student, teacher, batch, counts, progress) for t in active}
         products = None if measured is None else gradient_products(tuple(values.values()), measured)
         weights = [t.weight_at(progress) for t in self.terms]
-        weighted = [w * v for w, v in zip(weights, values.values(), strict=True)]
-        factors, penalty, shown = self.balance.factors(), self.balance.penalty(), weights
+        places = [i for i, t in enumerate(self.terms) if t.name in values]
+        weighted = [weights[i] * v for i, v in zip(places, values.values(), strict=True)]
+        factors, penalty, shown = self.balance.factors(), self.balance.penalty(places), weights
         if factors is None:
             loss = torch.stack(weighted).sum()
         else:
-            loss = (torch.stack(weighted) * factors).sum()
+            loss = (torch.stack(weighted) * chosen(factors, places)).sum()
             shown = [w * factor for w, factor in zip(weights, factors.detach(), strict=True)]
         if penalty is not None:
             loss = loss + penalty * (1.0 if counts is None else batch_size(batch) / counts[EXAMPLES])
         found = {name: value.detach() for name, value in values.items()}
-        return Output(loss, None, found, dict(zip(values, shown, strict=True)), products)
+        return Output(loss, None, found, {t.name: w for t, w in zip(self.terms, shown, strict=True)}, products)
 
     def observe(self, values: Mapping[str, Tensor], products: Tensor | None) -> None:
         """Let the balance take notice of a whole step.
@@ -125,6 +151,8 @@ class Objective(nn.Module):
             values: The unweighted terms of the step, over all its parts.
             products: Dot products of their gradients, where they were measured.
         """
+        if not self.balance.observes:
+            return
         norms = None if products is None else products.diagonal().clamp_min(0).sqrt()
         self.balance.observe(torch.stack([values[t.name] for t in self.terms]), norms)
 
@@ -135,7 +163,7 @@ class Objective(nn.Module):
             mask = valid_positions(batch, key)
             if mask is not None:
                 counts[key] = float(mask.sum())
-        for term in self.terms:
+        for term in self.active(batch):
             own = _ignored(term)
             if own is not None:
                 counts[own] = float((_labels(batch) != term.comparison.options[IGNORE]).sum())
@@ -147,7 +175,7 @@ class Objective(nn.Module):
         Raises:
             ValueError: shapes that do not match, or a term that is not finite.
         """
-        return [self._plan(term, student, teacher, batch) for term in self.terms]
+        return [self._plan(term, student, teacher, batch) for term in self.active(batch)]
 
     def _plan(self, term: Term, student: Signal, teacher: Signal, batch: Batch) -> PlannedTerm:
         with in_term(term):
@@ -220,6 +248,15 @@ class Objective(nn.Module):
         _ensure_sized(projector, read, target)
         projected: Side = projector(read, _sizes(target))
         return projected
+
+
+def _check_several(balance: Balance, spec: str | Mapping[str, Any], tasks: Sequence[str]) -> None:
+    if tasks and balance.every_term:
+        kind = spec if isinstance(spec, str) else spec["kind"]
+        raise ValueError(
+            f"balance {kind!r} needs all terms in each step, and some are for task {tasks[0]!r} alone; "
+            "use 'static' or 'uncertainty'"
+        )
 
 
 def _ensure_sized(module: nn.Module, read: Side, target: Target) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.batch import ATTENTION_MASK, batch_size, positional
-from limbeck.types import EXAMPLE_ID, INPUTS, LABELS, Batch
+from limbeck.types import EXAMPLE_ID, INPUTS, LABELS, TASK, Batch
 
 KEY_BYTES = 16
 ORIGIN = ("_name_or_path", "transformers_version", "dtype")
@@ -65,7 +65,7 @@ def example_keys(batch: Batch) -> np.ndarray[Any, np.dtype[np.void]]:
     """One key for each example of a batch: a digest of what a teacher is given of it.
 
     Labels and example numbers do not count, and neither does padding: of entries (B, L) only the positions that
-    the attention mask keeps.
+    the attention mask keeps. The batch's task does, for one teacher may say different things for different tasks.
 
     Returns:
         (B,), 16 bytes each.
@@ -79,7 +79,8 @@ def example_keys(batch: Batch) -> np.ndarray[Any, np.dtype[np.void]]:
     mask = batch.get(ATTENTION_MASK)
     valid = mask.detach().cpu().bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
     entries = dict(_inputs(batch))
-    digests = [hashlib.blake2b(digest_size=KEY_BYTES) for _ in range(batch_size(batch))]
+    start = f"{TASK} {batch[TASK]};".encode() if isinstance(batch.get(TASK), str) else b""
+    digests = [hashlib.blake2b(start, digest_size=KEY_BYTES) for _ in range(batch_size(batch))]
     for name in sorted(entries):
         tensor = entries[name].detach().cpu()
         trimmed = valid is not None and tensor.shape[:2] == valid.shape

@@ -59,6 +59,10 @@ class Cached:
         """What the teacher, or the store, has."""
         return self.store.taps() if self.teacher is None else self.teacher.names()
 
+    def members(self) -> Iterable[Teacher]:
+        """The teacher, if there is one."""
+        return () if self.teacher is None else (self.teacher,)
+
     def signal(self, batch: Batch, wants: Sequence[str]) -> Signal:
         """Find the batch's signals, and let the teacher compute those that are not kept yet.
 

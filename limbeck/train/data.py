@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -141,8 +141,8 @@ class Batches(Protocol):
         """The steps of one epoch, from the one numbered `skip` on."""
         ...
 
-    def sample(self) -> Batch:
-        """A small batch to check models on."""
+    def samples(self) -> list[Batch]:
+        """Small batches to check models on: one of each task."""
         ...
 
 
@@ -187,9 +187,9 @@ class ExampleBatches:
             training = self.settings.seed, number
             yield Step([self.data.batch(part or indices[:1], training) for part in own], len(indices), share)
 
-    def sample(self) -> Batch:
+    def samples(self) -> list[Batch]:
         """See `Batches`."""
-        return self.data.batch(range(min(2, len(self.data))))
+        return [self.data.batch(range(min(2, len(self.data))))]
 
 
 class LoaderBatches:
@@ -222,9 +222,9 @@ class LoaderBatches:
             own = [rows(batch, a, b) if share else rows(batch, 0, 1) for a, b in ranges]
             yield Step(own, count, share)
 
-    def sample(self) -> Batch:
+    def samples(self) -> list[Batch]:
         """See `Batches`."""
-        return rows(next(self._draw(0)), 0, 2)
+        return [rows(next(self._draw(0)), 0, 2)]
 
     def _draw(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch; the training's generators are put back between them."""
@@ -272,13 +272,18 @@ def as_batches(data: Any, settings: Settings, rank: int = 0, world: int = 1) -> 
     """Make batches of `Examples`, a DataLoader, or a data set (a list too) with a length and an index.
 
     Raises:
-        TypeError: none of these.
+        TypeError: none of these; also a dict of data sets, which is no list of examples.
         ValueError: there are no examples.
     """
     if isinstance(data, Examples):
         return ExampleBatches(data, settings, rank, world)
     if isinstance(data, DataLoader):
         return LoaderBatches(data, settings, rank, world)
+    if isinstance(data, Mapping):
+        raise TypeError(
+            f"a {type(data).__name__} of {', '.join(map(repr, data))} is no training data; pass one of its parts, "
+            "or for several tasks limbeck.Mixed({task: data})"
+        )
     if isinstance(data, Indexed):
         return ExampleBatches(Examples(data), settings, rank, world)
     raise TypeError(

@@ -15,7 +15,7 @@ from limbeck.metrics import Array
 from limbeck.taps import Read, read_output
 from limbeck.teachers import ModuleInputs
 from limbeck.train.data import Examples, Indexed
-from limbeck.types import LABELS, Batch
+from limbeck.types import LABELS, TASK, Batch
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def predict(
     batch_size: int = 32,
     read: Read | None = None,
     device: torch.device | None = None,
+    task: str | None = None,
 ) -> Predictions:
     """Run a model over a data set in eval mode.
 
@@ -68,6 +69,7 @@ def predict(
         batch_size: Examples at a time, where `data` is not batched.
         read: Names the model's outputs where they have no names.
         device: Where the batches go; by default where the model is.
+        task: The task that the data belongs to, for a model that has several.
 
     Returns:
         Logits and labels, float64 and the labels' own type, in the order of the data.
@@ -86,7 +88,8 @@ def predict(
     model.eval()
     logits, labels = [], []
     for batch in eval_batches(data, batch_size):
-        output = call(to_device(batch, device))
+        placed = to_device(batch, device)
+        output = call(placed if task is None else {**placed, TASK: task})
         logits.append(read_output(output, read)["logits"].float().cpu().numpy())
         if LABELS not in batch:
             raise ValueError(f"the evaluation data has no labels, only {sorted(batch)}")
