@@ -257,8 +257,12 @@ def choice(reply):
     return next(choice for choice in reply["choices"] if choice["index"] == 0)
 
 
+def rows(reply):
+    return choice(reply)["prompt_logprobs"]
+
+
 def first(reply):
-    return choice(reply)["prompt_logprobs"][1]
+    return rows(reply)[1]
 
 
 def put(where, key, value):
@@ -280,12 +284,12 @@ NONSENSE = {
     "names tokens by their text \\('a'\\)": lambda r: choice(r).update(logprobs={"top_logprobs": [{"a": -1.0}]}),
     "token 64, and the vocabulary has 64": lambda r: put(first(r), "64", {"logprob": -9.0}),
     "token -1, and": lambda r: put(first(r), "-1", {"logprob": -9.0}),
-    "a token's log-probabilities are .*x": lambda r: put(first(r), "x", {}),
+    "a token's log-probabilities are .*'x'": lambda r: put(rows(r), 1, {"x": {"logprob": -1.0}}),
     "a log-probability of nan": lambda r: first(r)[next(iter(first(r)))].update(logprob=math.nan),
     "a log-probability of 0.5": lambda r: first(r)[next(iter(first(r)))].update(logprob=0.5),
     "a log-probability of inf": lambda r: first(r)[next(iter(first(r)))].update(logprob=math.inf),
     "a token's log-probabilities are .*None": lambda r: first(r)[next(iter(first(r)))].update(logprob=None),
-    "prompt_logprobs.1 is of another token": lambda r: put(choice(r)["prompt_logprobs"], 1, {"0": {"logprob": -1}}),
+    "prompt_logprobs.1 is of another token": lambda r: put(rows(r), 1, {"0": {"logprob": -1.0}}),
     "1 log-probabilities at a token where 4": lambda r: [first(r).pop(key) for key in list(first(r))[1:]] and None,
     "probabilities that sum to 4": lambda r: [entry.update(logprob=0.0) for entry in first(r).values()] and None,
 }  # fmt: skip
@@ -652,6 +656,7 @@ def test_after_a_refusal_the_other_requests_are_not_tried_again():
     with Server(answer) as server, pytest.raises(ValueError, match="status 400"):
         Remote(Client(server.url), "m").write(["good", "bad"], max_tokens=4)
     assert time.monotonic() - begun < 10
+    assert len(server.requests) == 2
 
 
 # ---- the key ----------------------------------------------------------------------------------------------------
@@ -686,9 +691,18 @@ def test_a_key_that_cannot_be_sent_is_not_shown(key):
 
 
 @pytest.mark.parametrize(
-    "url", ["http://me:hunter2@host", "http://host/?key=hunter2", "ftp://host", "host:8000", "http://", "http://a b",
-            "http://host:port", "http://[::1"],
-)  # fmt: skip
+    "url",
+    [
+        "http://me:hunter2@host",
+        "http://host/?key=hunter2",
+        "ftp://host",
+        "host:8000",
+        "http://",
+        "http://a b",
+        "http://host:port",
+        "http://[::1",
+    ],
+)
 def test_an_address_that_is_none_or_holds_a_secret_is_refused(url):
     with pytest.raises(ValueError, match="http://host:port") as error:
         Client(url)

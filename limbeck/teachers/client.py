@@ -146,10 +146,12 @@ class Client:
             except AttemptError as failure:
                 why = str(failure)
                 pause = max(self._pause(attempt), failure.after)
-                if over.is_set() or attempt + 1 == self.attempts or pause > MOST_PATIENCE:
+                if attempt + 1 == self.attempts or pause > MOST_PATIENCE:
                     break
                 sleep(pause)
                 waited += pause
+                if over.is_set():
+                    break
         times = "1 attempt" if attempt == 0 else f"{attempt + 1} attempts and {waited:.1f} s of waiting"
         raise ConnectionError(
             f"{self.address}{path} {why}, given up after {times}; see that the server runs and can be reached "
