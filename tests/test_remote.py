@@ -1,19 +1,20 @@
 import email.utils
 import json
 import math
+import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from limbeck import Distiller, Term
 from limbeck.cache import Store
 from limbeck.losses import LOSSES
-from limbeck.teachers import Cached, Identified, Teacher
+from limbeck.teachers import Cached, Client, Identified, Remote, Teacher
 from limbeck.teachers.answers import FILE, Answers
-from limbeck.teachers.client import Client
-from limbeck.teachers.remote import Remote
 from limbeck.teachers.replies import label_scores, log_rest, stated
 from limbeck.testing import TeacherContract
 from limbeck.types import TopK
@@ -221,6 +222,17 @@ def test_log_rest_keeps_small_and_refuses_no_full_sums():
     assert log_rest(above, 9).isneginf()
 
 
+def test_what_rounding_has_put_above_one_is_one():
+    row = {"7": {"logprob": 5e-5}, "3": {"logprob": -9999.0}}
+    last = {"token_id:7": -0.5, "token_id:3": -2.0}
+    reply = {"index": 0, "prompt_logprobs": [None, row], "logprobs": {"top_logprobs": [last]}}
+    with Server(lambda _: {"choices": [reply]}) as server:
+        teacher = Remote(server.url, "m", size=V, k=2)
+        known = teacher.signal({"input_ids": torch.tensor([[5, 7]])}, ["logits"])["logits"]
+    assert known.values[0].tolist() == [[0.0, -9999.0], [-0.5, -2.0]]
+    assert known.log_rest[0, 0].item() == -math.inf
+
+
 @pytest.mark.parametrize(
     ("batch", "said"),
     [
@@ -382,6 +394,10 @@ def test_a_label_that_is_not_listed_gets_what_is_left_but_no_more_than_the_last(
     assert math.exp(left[0] - left[1]) == pytest.approx(0.01 / 0.9)
     last = label_scores(listed({"pos": 0.6, "x": 0.05}), LABELS, answer=1)
     assert math.exp(last[0] - last[1]) == pytest.approx(0.05 / 0.6)
+    two = label_scores(listed({"a": 0.9, "x": 0.06}), ["a", "b", "c"], answer=0)
+    assert [math.exp(score - two[0]) for score in two[1:]] == pytest.approx([0.02 / 0.9] * 2)
+    later = label_scores(listed({"*": 0.5, "x": 0.5}, {"pos": 0.9, "x": 0.02}), LABELS, answer=1)
+    assert math.exp(later[0] - later[1]) == pytest.approx(0.5 * 0.02 / (0.5 * 0.9))
     full = label_scores(listed({"pos": 1.0}), LABELS, answer=1)
     assert full == [-math.inf, 0.0]
 
@@ -430,6 +446,17 @@ def test_nonsense_beside_a_label_is_refused(logprobs, said):
     teacher = {"labels": LABELS, "prompt": PROMPT}
     with Server(lambda _: {"choices": [message]}) as server, pytest.raises(ValueError, match=said):
         Remote(server.url, "m", **teacher).signal({"text": ["so"]}, ["logits"])
+
+
+def test_a_distiller_learns_from_the_answers():
+    """The loss is the cross-entropy with the server's labels, whatever the data's own are."""
+    batch = {"input": torch.randn(3, 4), "text": ["a joy", "a bore", "fine"], "labels": torch.zeros(3).long()}
+    student = torch.nn.Linear(4, 2)
+    with Server(chat(reviewer)) as server:
+        teacher = Remote(server.url, "m", labels=LABELS, prompt=PROMPT)
+        loss = Distiller(student, teacher, [Term("logits", loss="forward_kl")])(**batch).loss
+    expected = torch.nn.functional.cross_entropy(student(batch["input"]), torch.tensor([1, 0, 1]))
+    torch.testing.assert_close(loss, expected)
 
 
 def test_texts_come_from_any_entry_that_the_prompt_names():
@@ -809,3 +836,15 @@ def test_a_cached_teacher_goes_on_where_its_server_died(tmp_path):
         after = [teacher.signal(batch, ["logits"])["logits"] for batch in batches]
         assert len(server.requests) == 6
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=False))
+
+
+def test_the_blocks_of_the_document_run(llama):
+    text = (Path(__file__).parent.parent / "docs" / "remote.md").read_text()
+    complete, answer = vllm(llama), chat(reviewer)
+    with Server(lambda request: (answer if "chat" in request.path else complete)(request)) as server:
+        blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+        names = {}
+        for block in blocks:
+            exec(compile(block.replace("http://teacher:8000", server.url), "remote.md", "exec"), names)
+        assert len(blocks) == 4
+        assert len(server.requests) == 1 + 2 + 2

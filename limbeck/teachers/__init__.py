@@ -12,16 +12,20 @@ from limbeck.pretrained import load_pretrained
 from limbeck.taps import Read
 from limbeck.teachers.base import Identified, Teacher
 from limbeck.teachers.cached import Cached
+from limbeck.teachers.client import Client
 from limbeck.teachers.given import Given
 from limbeck.teachers.module import ModuleInputs, ModuleTeacher, record
 from limbeck.teachers.own import Self
+from limbeck.teachers.remote import Remote
 
 __all__ = [
     "Cached",
+    "Client",
     "Given",
     "Identified",
     "ModuleInputs",
     "ModuleTeacher",
+    "Remote",
     "Self",
     "Teacher",
     "as_teacher",
