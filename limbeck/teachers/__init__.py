@@ -13,18 +13,22 @@ from limbeck.taps import Read
 from limbeck.teachers.base import Combined, Identified, Teacher, within
 from limbeck.teachers.by_task import ByTask
 from limbeck.teachers.cached import Cached
+from limbeck.teachers.client import Client
 from limbeck.teachers.given import Given
 from limbeck.teachers.module import ModuleInputs, ModuleTeacher, record
 from limbeck.teachers.own import Self
+from limbeck.teachers.remote import Remote
 
 __all__ = [
     "ByTask",
     "Cached",
+    "Client",
     "Combined",
     "Given",
     "Identified",
     "ModuleInputs",
     "ModuleTeacher",
+    "Remote",
     "Self",
     "Teacher",
     "as_teacher",
