@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.batch import as_batch, from_call, rows, view
+from limbeck.batch import as_batch, as_call, from_call, rows, view
 from limbeck.objective import Objective, PlannedTerm, in_term, where
 from limbeck.registry import nearest
 from limbeck.stopwatch import Stopwatch
@@ -112,7 +112,7 @@ class Distiller(nn.Module):
             An `Output` in training mode, whatever the student returns in eval mode.
         """
         if not self.training:
-            return self._call.alone(inputs, view(named, STUDENT))
+            return self._call.alone(*as_call(inputs, named, STUDENT))
         batch = from_call(inputs, named)
         if not self._checked:
             self.preflight(batch)
