@@ -232,7 +232,8 @@ def collated(examples: list[Any]) -> Any:
 def _sparse(examples: Sequence[Sparse], **_: Any) -> Sparse:
     first = examples[0]
     names = [f.name for f in fields(first) if isinstance(getattr(first, f.name), Tensor)]
-    return replace(first, **{n: torch.stack([getattr(one, n) for one in examples]) for n in names})
+    columns: dict[str, Any] = {name: torch.stack([getattr(one, name) for one in examples]) for name in names}
+    return replace(first, **columns)
 
 
 def _mappings(examples: Sequence[Batch], **options: Any) -> dict[str, Any]:

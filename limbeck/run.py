@@ -17,6 +17,7 @@ from limbeck.distiller import Distiller
 from limbeck.evaluate import count_parameters
 from limbeck.models import TeacherStore, check_lengths, fingerprint, load_model, make_student, save_model
 from limbeck.objective import PlannedTerm
+from limbeck.paired import Encoded, encode_for
 from limbeck.pairing import expose_attention, find_places, match_places
 from limbeck.recipe import LayerMatch, Places, Recipe, plain_terms
 from limbeck.remember import SIGNALS, Memory, recall
@@ -155,7 +156,8 @@ class Run:
         self.observer = observer
         self.command = command or f"limbeck distill {folder / RECIPE}"
         self.regression = is_regression(task)
-        self.data: dict[str, Examples] = {}
+        self.data = Encoded({}, {}, Examples([]))
+        self.processor: Any = None
         self.seeds = list(range(recipe.training.seed, recipe.training.seed + recipe.seeds))
         self.device = _one_device()
         self.matches: dict[str, LayerMatch] = {}
@@ -175,18 +177,19 @@ class Run:
             return Report.load(self.folder)
         store = TeacherStore(recipe, self.task)
         teacher, tuned = self.load_teacher(store, retrain)
-        self.data = {name: self.task.encode(rows, teacher.processor) for name, rows in self.task.splits.items()}
         trained = [p for p in teacher.model.parameters() if p.requires_grad]  # before the plan freezes them
-        plan = self.preflight(teacher, tuned)
+        plan = self.preflight(self.prepare(teacher), teacher, tuned)
         self.open_folder(overwrite)
         self.observer.on_plan(plan)
+        if self.processor is not teacher.processor:
+            self.observer.on_note("student and teacher have different tokenizers: each reads the texts by its own")
 
         teacher, teacher_result = self.finetune(teacher, tuned, trained, store)
         if recipe.found_maps and not tuned:  # another teacher may pair its layers otherwise
             self.matches = {}
-            plan = self.preflight(teacher, tuned=True)
+            plan = self.preflight(self.student(teacher).model, teacher, tuned=True)
             self.observer.on_plan(plan)
-        self.memory = recall(recipe, teacher, self.data[TRAIN], plan.terms, self.folder)
+        self.memory = recall(recipe, teacher, self.data.teacher[TRAIN], plan.terms, self.folder)
         self.observer.on_note(f"what the teacher says is {self.memory.note}")
         models: dict[str, nn.Module] = {"teacher": teacher.model}
         results: dict[str, list[StageResult]] = {"teacher": [teacher_result]}
@@ -200,7 +203,7 @@ class Run:
         summary = Summary(recipe, self.task, self.data, self.device)
         log = read_log(self.folder / LOG)
         report = summary.report(models, results, plan.terms, log, self.command)
-        save_model(models["student"].cpu(), teacher.processor, self.folder / "student")
+        save_model(models["student"].cpu(), self.processor, self.folder / "student")
         write_report(report, self.folder)
         self.memory.end()
         return report
@@ -266,13 +269,24 @@ class Run:
             )
         return loaded, ready
 
-    def preflight(self, teacher: Loaded, tuned: bool) -> Plan:
+    def student(self, teacher: Loaded, seed: int | None = None) -> Loaded:
+        """The student as it begins, by default that of the first seed."""
+        seed = self.recipe.training.seed if seed is None else seed
+        return make_student(self.recipe.student, self.task, teacher, seed)
+
+    def prepare(self, teacher: Loaded) -> nn.Module:
+        """Make the student, and encode the data as both models read it."""
+        student = self.student(teacher)
+        self.processor = student.processor
+        self.data = encode_for(self.task, student.processor, teacher.processor)
+        return student.model
+
+    def preflight(self, student: nn.Module, teacher: Loaded, tuned: bool) -> Plan:
         """Check models, taps, shapes, terms and optimizers before anything is trained."""
         recipe = self.recipe
-        student = make_student(recipe.student, self.task, teacher, recipe.training.seed)
         check_lengths({"teacher": teacher.model, "student": student}, self.data)
         distiller = Distiller(student, teacher.model, self.terms(student, teacher.model), balance=recipe.balance)
-        terms = distiller.preflight(longest(self.data[TRAIN]))
+        terms = distiller.preflight(longest(self.data.training))
         recipe.training.build_optimizer(student, distiller.objective)
         steps = {"student": self.steps(recipe.training)}
         if not tuned:
@@ -289,7 +303,7 @@ class Run:
 
     def steps(self, settings: Settings) -> int:
         """The number of updates of a training."""
-        return settings.total_steps(len(ExampleBatches(self.data[TRAIN], settings)))
+        return settings.total_steps(len(ExampleBatches(self.data.training, settings)))
 
     def terms(self, student: nn.Module, teacher: nn.Module) -> list[Term]:
         """The terms of the recipe for these two models."""
@@ -303,9 +317,9 @@ class Run:
     def matched(self, student: nn.Module, teacher: nn.Module, places: Places) -> Places:
         """The places with the pairs of layers that the recipe wants found; all seeds have those of the first."""
         if not self.matches:
-            rows = range(min(MATCHED_EXAMPLES, len(self.data[TRAIN])))
-            size = self.recipe.training.batch_size
-            batches = [self.data[TRAIN].batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+            data, size = self.data.training, self.recipe.training.batch_size
+            rows = range(min(MATCHED_EXAMPLES, len(data)))
+            batches = [data.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
             self.matches = match_places(student, teacher, places, batches, self.recipe.found_maps).matches
         return places.model_copy(update={"matches": self.matches})
 
@@ -329,7 +343,7 @@ class Run:
 
     def train(self, role: str, seed: int, teacher: Loaded) -> tuple[nn.Module, StageResult]:
         """Train a student, or as the baseline its twin without distillation, from the same start."""
-        student = make_student(self.recipe.student, self.task, teacher, seed)
+        student = self.student(teacher, seed).model
         terms = self.terms(student, teacher.model)
         distiller = (
             Distiller(student, self.memory.teacher(teacher.model), terms, balance=self.recipe.balance)
@@ -348,14 +362,16 @@ class Run:
         return self.folder / "checkpoints" / name
 
     def stage(self, name: str) -> Stage:
-        """One stage of this run."""
+        """One stage of this run: of the teacher, the baseline or the student, whose data it has."""
+        role = name.partition("-")[0]
+        data = self.data.by_role(role)
         return Stage(
             name=name,
             folder=self.stage_folder(name),
             log=self.folder / LOG,
-            train=self.data[TRAIN],
-            choose=self.data.get(HOLDOUT, self.data[VALIDATION]),
-            evaluate={n: d for n, d in self.data.items() if n not in (TRAIN, HOLDOUT)},
+            train=self.data.training if role == "student" else data[TRAIN],
+            choose=data.get(HOLDOUT, data[VALIDATION]),
+            evaluate={n: d for n, d in data.items() if n not in (TRAIN, HOLDOUT)},
             metric=self.task.metrics[0],
             device=self.device,
         )

@@ -29,7 +29,7 @@ LAYERS = [
     "distiller",
     "train report",
     "tasks evaluate",
-    "recipe stage",
+    "recipe stage paired",
     "models summary pairing remember",
     "run",
     "progress testing",
