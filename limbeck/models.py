@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from limbeck.paired import Encoded
+from limbeck.encodings import Encoded
 from limbeck.pretrained import UNREADABLE, first_line, most_tokens, quiet_transformers
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.registry import check_options, import_object

@@ -242,7 +242,7 @@ def check_same_tokens(terms: Sequence[Term], student: Signal, teacher: Signal, o
             raise ValueError(
                 f"{where(term)} compares token by token, and the two models are given different tokens (up to "
                 f"{ours.shape[1]} and {its.shape[1]} here), as two tokenizers make them of one text; compare the "
-                "logits or one vector of each text (such as 'classifier#input'), or take a student with the "
+                "logits or one vector of each text (the input of the last layer, say), or take a student with the "
                 "teacher's tokenizer"
             )
 

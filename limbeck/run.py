@@ -14,10 +14,10 @@ from torch import nn
 
 from limbeck.atomic import write_text
 from limbeck.distiller import Distiller
+from limbeck.encodings import Encoded, encode_for
 from limbeck.evaluate import count_parameters
 from limbeck.models import TeacherStore, check_lengths, fingerprint, load_model, make_student, save_model
 from limbeck.objective import PlannedTerm
-from limbeck.paired import Encoded, encode_for
 from limbeck.pairing import expose_attention, find_places, match_places
 from limbeck.recipe import LayerMatch, Places, Recipe, plain_terms
 from limbeck.remember import SIGNALS, Memory, recall

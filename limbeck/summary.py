@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 import limbeck
+from limbeck.encodings import Encoded
 from limbeck.evaluate import Bootstrap, compare, count_parameters, measure_speed, size_in_bytes
 from limbeck.metrics import Array, get_metric
 from limbeck.objective import PlannedTerm
-from limbeck.paired import Encoded
 from limbeck.recipe import Recipe
 from limbeck.report import Report
 from limbeck.report.report import Curve, Interval, ModelResult

@@ -29,7 +29,7 @@ LAYERS = [
     "distiller",
     "train report",
     "tasks evaluate",
-    "recipe stage paired",
+    "recipe stage encodings",
     "models summary pairing remember",
     "run",
     "progress testing",

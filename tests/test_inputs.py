@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import re
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -460,3 +462,11 @@ def test_other_names_of_as_many_labels_are_refused():
 )
 def test_labels_that_agree_or_that_no_term_needs_are_no_matter(ours, theirs, terms):
     Distiller(*classifiers(ours, theirs), terms)
+
+
+def test_the_document_runs():
+    text = (Path(__file__).parent.parent / "docs" / "inputs.md").read_text()
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(block, "inputs.md", "exec"), names)
+    assert names["examples"].batch([0])["student"]["input_ids"].shape == (1, 5)

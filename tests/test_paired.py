@@ -25,7 +25,7 @@ import limbeck
 from limbeck import Distiller, Settings, Term, fit
 from limbeck.batch import view
 from limbeck.cache import Store
-from limbeck.paired import pair, paired
+from limbeck.encodings import pair, paired
 from limbeck.run import Observer
 from limbeck.tasks import TaskOptions, make_task
 from limbeck.teachers import Cached, ModuleTeacher

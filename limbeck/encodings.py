@@ -36,8 +36,8 @@ def paired(
     A batch is ``{"student": {...}, "teacher": {...}, "labels": ..., "example_id": ...}``. Each side is padded to
     its own longest text, (B, L_student) and (B, L_teacher); texts of like length (the student's) come together.
 
-    Terms may compare the logits, or one vector of each text (``"bert.pooler"``, ``"classifier#input"``). Token by
-    token there is nothing to compare, and a term that does is refused.
+    Terms may compare the logits, or one vector of each text (``"bert.pooler"``, ``"classifier.out_proj#input"``).
+    Token by token there is nothing to compare, and a term that does is refused.
 
     Args:
         dataset: One split of a Hugging Face data set, a list of dicts, or a pandas DataFrame.
