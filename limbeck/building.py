@@ -122,7 +122,7 @@ class _Build:
         """Ask about all that is not there, in an order that depends on the data alone."""
         from accelerate.utils import reduce
 
-        recipe, data = self.run.recipe, self.run.data[TRAIN]
+        recipe, data = self.run.recipe, self.run.data.teacher[TRAIN]
         if data.augment is not None and data.variants is None:
             raise ValueError("images are augmented anew in every epoch; set task.variants=4, or no augmentation")
         self._check_room(data)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.batch import as_batch, from_call, rows, view
-from limbeck.objective import Objective, PlannedTerm, in_term, where
+from limbeck.batch import as_batch, as_call, from_call, rows, view
+from limbeck.objective import Objective, PlannedTerm, check_same_tokens, in_term, where
+from limbeck.pretrained import check_same_labels
 from limbeck.registry import nearest
 from limbeck.stopwatch import Stopwatch
 from limbeck.taps import Read, Recorder, Tap, read_output, resolve
@@ -117,7 +118,7 @@ class Distiller(nn.Module):
             An `Output` in training mode, whatever the student returns in eval mode.
         """
         if not self.training:
-            return self._call.alone(inputs, view(named, STUDENT))
+            return self._call.alone(*as_call(inputs, named, STUDENT))
         batch = from_call(inputs, named)
         if self.objective.task(batch) not in self._checked:
             self.preflight(batch)
@@ -136,6 +137,7 @@ class Distiller(nn.Module):
         output, seen = record(self._recorder(task), lambda **extra: self._call(own, **extra))
         student = Signal(seen)
         self._check_gradients(student, task)
+        self._check_tokens(batch, own, student, teacher)
         measured = tuple(self.student.parameters()) if measure else None
         result: Output = self.objective(student, teacher or _detached(student), own, counts, progress, measured)
         if counts is None and self.training:  # a whole step; of a part, the backend tells when all are there
@@ -181,6 +183,7 @@ class Distiller(nn.Module):
             teacher, own = self._teach(batch), view(batch, STUDENT)
             task = self.objective.task(batch)
             _, seen = record(self._recorder(task), lambda **extra: self._call(own, **extra))
+            self._check_tokens(batch, own, Signal(seen), teacher)
             plan = self.objective.plan(Signal(seen), teacher or _detached(Signal(seen)), own)
         self._checked.add(task)
         return plan
@@ -308,6 +311,16 @@ class Distiller(nn.Module):
             if missing is not None:
                 hint = nearest(missing, teacher.names())
                 raise ValueError(f"{where(term)}: the teacher has no {missing!r}; {hint}")
+
+        live, named = _live(self.teacher), self.read or self.teacher_read
+        if live is not None and not named and any("logits" in t.teacher_taps for t in self.terms):
+            check_same_labels(self.student, live.module)
+
+    def _check_tokens(self, batch: Batch, own: Batch, student: Signal, teacher: Signal | None) -> None:
+        """Refuse terms by token where both models were given inputs of their own, of other tokens."""
+        if teacher is not None and TEACHER in batch:
+            terms = self.objective.active(batch)
+            check_same_tokens(terms, student, teacher, own, view(batch, TEACHER))
 
     def _check_gradients(self, student: Signal, task: str | None) -> None:
         """Refuse, once, a tap that silently gives no gradient, as reentrant activation checkpointing does."""

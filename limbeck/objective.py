@@ -259,6 +259,43 @@ def _check_several(balance: Balance, spec: str | Mapping[str, Any], tasks: Seque
         )
 
 
+def check_same_tokens(terms: Sequence[Term], student: Signal, teacher: Signal, own: Batch, theirs: Batch) -> None:
+    """Refuse to compare token by token what two models were given in different tokens.
+
+    Args:
+        terms: The terms.
+        student: What was read of the student.
+        teacher: What was read of the teacher.
+        own: The batch as the student is given it; with that of the teacher, it tells by the attention masks.
+        theirs: The batch as the teacher is given it.
+
+    Raises:
+        ValueError: a term reads both models by token, and the masks differ. (Of masks of one shape an accelerator
+            is not asked, since it would have to wait.)
+    """
+    ours, its = own.get(ATTENTION_MASK), theirs.get(ATTENTION_MASK)
+    if not (isinstance(ours, Tensor) and isinstance(its, Tensor) and ours.ndim == its.ndim == 2):
+        return
+    if ours.shape == its.shape and (ours.device.type != "cpu" or torch.equal(ours, its)):
+        return
+    for term in terms:
+        reads_tokens = not term.reads_labels and any(_by_token(student[tap], ours) for tap in term.taps)
+        if reads_tokens and any(_by_token(teacher[tap], its) for tap in term.teacher_taps):
+            raise ValueError(
+                f"{where(term)} compares token by token, and the two models are given different tokens (up to "
+                f"{ours.shape[1]} and {its.shape[1]} here), as two tokenizers make them of one text; compare the "
+                "logits or one vector of each text (the input of the last layer, say), or take a student with the "
+                "teacher's tokenizer"
+            )
+
+
+def _by_token(value: Any, mask: Tensor) -> bool:
+    """Whether a value has the positions of a mask (B, L): (B, L, ...) or, between tokens, (B, heads, L, L)."""
+    shape = tuple(value.shape)
+    between = len(shape) == 4 and shape[2] == shape[3] == mask.shape[1]
+    return between or (len(shape) > 2 and shape[:2] == tuple(mask.shape))
+
+
 def _ensure_sized(module: nn.Module, read: Side, target: Target) -> None:
     assert isinstance(module, Projector)
     if not module.sized:

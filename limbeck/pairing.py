@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from limbeck.batch import ATTENTION_MASK, valid_positions
+from limbeck.batch import ATTENTION_MASK, valid_positions, view
 from limbeck.matching import layer_flow, match_layers, pool, similarity
 from limbeck.recipe import LayerMatch, Places
 from limbeck.students.depth import count_layers, find_layers
 from limbeck.taps import Recorder, resolve
 from limbeck.teachers import ModuleInputs, record
 from limbeck.terms import Term
-from limbeck.types import Batch
+from limbeck.types import STUDENT, TEACHER, Batch
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,10 @@ def match_places(
     Returns:
         The places with their matches.
     """
-    batches = list(batches)
-    ours = _layer_features(student, places.student_path, places.student, batches)
-    theirs = _layer_features(teacher, places.teacher_path, places.teacher, batches)
+    batches = list(batches)  # read twice
+    own, its = ([view(batch, side) for batch in batches] for side in (STUDENT, TEACHER))
+    ours = _layer_features(student, places.student_path, places.student, own)
+    theirs = _layer_features(teacher, places.teacher_path, places.teacher, its)
     alike = similarity(ours, theirs)
     flow = layer_flow(alike)
     matches = {}

@@ -13,6 +13,7 @@ from torch import nn
 
 from limbeck.atomic import write_text
 from limbeck.distiller import Distiller
+from limbeck.encodings import Encoded, encode_for
 from limbeck.evaluate import count_parameters
 from limbeck.models import TeacherStore, check_lengths, fingerprint, load_model, save_model
 from limbeck.pairing import expose_attention, find_places, layers_of, match_places
@@ -127,7 +128,8 @@ class Run:
         self.observer = observer
         self.command = command or f"limbeck distill {folder / RECIPE}"
         self.regression = is_regression(task)
-        self.data: dict[str, Examples] = {}
+        self.data = Encoded({}, {}, Examples([]))
+        self.processor: Any = None
         self.seeds = list(range(recipe.training.seed, recipe.training.seed + recipe.seeds))
         self.ranks = _processes(several)
         self.device: torch.device = self.ranks.device
@@ -162,7 +164,7 @@ class Run:
         summary = Summary(recipe, self.task, self.data, self.device, self.teacher.about(self.task))
         log = read_log(self.folder / LOG)
         report = summary.report(models, results, plan.terms, log, self.command)
-        save_model(models["student"].cpu(), self.teacher.processor, self.folder / "student")
+        save_model(models["student"].cpu(), self.processor, self.folder / "student")
         write_report(report, self.folder)
         self.memory.end()
         return report
@@ -182,16 +184,15 @@ class Run:
             return self._teach_from_cache(begin, retrain)
         store = TeacherStore(self.recipe, self.task)
         loaded, tuned = self.load_teacher(store, retrain)
-        self._take(LiveTeacher(loaded))
         trained = [p for p in loaded.model.parameters() if p.requires_grad]  # before the plan freezes them
-        plan = self.preflight(tuned)
+        plan = self.preflight(self._take(LiveTeacher(loaded)), tuned)
         begin(tuned)
-        self.observer.on_plan(plan)
+        self._show(plan)
         loaded, result = self.finetune(loaded, tuned, trained, store)
         self.teacher = LiveTeacher(loaded)
         if self.recipe.found_maps and not tuned:  # another teacher may pair its layers otherwise
             self.matches = {}
-            plan = self.preflight(tuned=True)
+            plan = self.preflight(self.student().model, tuned=True)
             self.observer.on_plan(plan)
         return plan, result
 
@@ -199,22 +200,29 @@ class Run:
         if retrain:
             raise ValueError("a teacher that is a cache cannot be fine-tuned; leave --retrain out")
         teacher = KeptTeacher.open(self.recipe.teacher.model, self.task)
-        self._take(teacher)
-        plan = self.preflight(tuned=True)
+        plan = self.preflight(self._take(teacher), tuned=True)
         begin(True)
-        self.observer.on_plan(plan)
+        self._show(plan)
         return plan, StageResult(None, teacher.answers)
 
-    def _take(self, teacher: LiveTeacher | KeptTeacher) -> None:
-        """Take a teacher, and encode the data as it reads them."""
+    def _take(self, teacher: LiveTeacher | KeptTeacher) -> nn.Module:
+        """Take a teacher, make the student, and encode the data as both read them."""
         self.teacher = teacher
-        self.data = {name: self.task.encode(rows, teacher.processor) for name, rows in self.task.splits.items()}
+        student = self.student()
+        self.processor = student.processor
+        self.data = encode_for(self.task, student.processor, teacher.processor)
+        return student.model
+
+    def _show(self, plan: Plan) -> None:
+        self.observer.on_plan(plan)
+        if self.processor is not self.teacher.processor:
+            self.observer.on_note("student and teacher have different tokenizers: each reads the texts by its own")
 
     def remember(self, plan: Plan) -> Memory:
         """Where what the teacher says is kept."""
         if isinstance(self.teacher, KeptTeacher):
             return Memory(None, f"read from {self.teacher.folder}")
-        return recall(self.recipe, self.teacher, self.data[TRAIN], plan.terms, self.folder)
+        return recall(self.recipe, self.teacher, self.data.teacher[TRAIN], plan.terms, self.folder)
 
     def check_folder(self, overwrite: bool, retrain: bool) -> None:
         """Refuse a folder that holds anything but this run; change nothing.
@@ -277,16 +285,20 @@ class Run:
             )
         return loaded, ready
 
-    def preflight(self, tuned: bool) -> Plan:
+    def student(self, seed: int | None = None) -> Loaded:
+        """The student as it begins, by default that of the first seed."""
+        seed = self.recipe.training.seed if seed is None else seed
+        return self.teacher.student(self.recipe.student, self.task, seed)
+
+    def preflight(self, student: nn.Module, tuned: bool) -> Plan:
         """Check models, taps, shapes, terms and optimizers before anything is trained."""
         recipe, teacher = self.recipe, self.teacher
         about = teacher.about(self.task, recipe.student.path)
-        student = teacher.student(recipe.student, self.task, recipe.training.seed)
         check_lengths({"teacher": about.most_tokens, "student": most_tokens(student)}, self.data)
         distiller = Distiller(student, teacher.source(), self.terms(student), balance=recipe.balance)
         if isinstance(teacher, KeptTeacher):
-            teacher.check_holds(self.data[TRAIN], distiller.wants)
-        terms = distiller.preflight(longest(self.data[TRAIN]))
+            teacher.check_holds(self.data.teacher[TRAIN], distiller.wants)
+        terms = distiller.preflight(longest(self.data.training))
         recipe.training.build_optimizer(student, distiller.objective)
         steps = {"student": self.steps(recipe.training)}
         if not tuned:
@@ -309,7 +321,7 @@ class Run:
 
     def steps(self, settings: Settings) -> int:
         """The number of updates of a training."""
-        return settings.total_steps(len(ExampleBatches(self.data[TRAIN], settings)))
+        return settings.total_steps(len(ExampleBatches(self.data.training, settings)))
 
     def terms(self, student: nn.Module) -> list[Term]:
         """The terms of the recipe for a student and the teacher."""
@@ -333,10 +345,9 @@ class Run:
                 f"map {found} is found from the teacher's layers, which are not here; write the pairs"
             )
         if not self.matches:
-            teacher = self.teacher.loaded.model
-            rows = range(min(MATCHED_EXAMPLES, len(self.data[TRAIN])))
-            size = self.recipe.training.batch_size
-            batches = [self.data[TRAIN].batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+            teacher, data, size = self.teacher.loaded.model, self.data.training, self.recipe.training.batch_size
+            rows = range(min(MATCHED_EXAMPLES, len(data)))
+            batches = [data.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
             self.matches = match_places(student, teacher, places, batches, self.recipe.found_maps).matches
         return places.model_copy(update={"matches": self.matches})
 
@@ -360,7 +371,7 @@ class Run:
 
     def train(self, role: str, seed: int) -> tuple[nn.Module, StageResult]:
         """Train a student, or as the baseline its twin without distillation, from the same start."""
-        student = self.teacher.student(self.recipe.student, self.task, seed)
+        student = self.student(seed).model
         terms = self.terms(student)
         distiller = (
             Distiller(student, self.memory.teacher(self.teacher.source()), terms, balance=self.recipe.balance)
@@ -379,14 +390,16 @@ class Run:
         return self.folder / "checkpoints" / name
 
     def stage(self, name: str) -> Stage:
-        """One stage of this run."""
+        """One stage of this run: of the teacher, the baseline or the student, whose data it has."""
+        role = name.partition("-")[0]
+        data = self.data.by_role(role)
         return Stage(
             name=name,
             folder=self.stage_folder(name),
             log=self.folder / LOG,
-            train=self.data[TRAIN],
-            choose=self.data.get(HOLDOUT, self.data[VALIDATION]),
-            evaluate={n: d for n, d in self.data.items() if n not in (TRAIN, HOLDOUT)},
+            train=self.data.training if role == "student" else data[TRAIN],
+            choose=data.get(HOLDOUT, data[VALIDATION]),
+            evaluate={n: d for n, d in data.items() if n not in (TRAIN, HOLDOUT)},
             metric=self.task.metrics[0],
             device=self.device,
         )

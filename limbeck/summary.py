@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import limbeck
+from limbeck.encodings import Encoded
 from limbeck.evaluate import Bootstrap, compare, count_parameters, measure_speed, size_in_bytes
 from limbeck.metrics import Array, get_metric
 from limbeck.objective import PlannedTerm
@@ -24,7 +25,7 @@ from limbeck.schedules import Scheduled
 from limbeck.stage import StageResult
 from limbeck.tasks import VALIDATION, Task, is_regression
 from limbeck.teaching import About
-from limbeck.train import Examples, FitResult
+from limbeck.train import FitResult
 
 THROUGHPUT_BATCH = 32
 
@@ -39,14 +40,14 @@ class Summary:
     Attributes:
         recipe: The recipe, with every term spelled out.
         task: The task with its data.
-        data: The encoded examples by split.
+        data: The encoded examples.
         device: Where models are timed.
         teacher: The teacher's sizes, for its model may not be here.
     """
 
     recipe: Recipe
     task: Task
-    data: Mapping[str, Examples]
+    data: Encoded
     device: torch.device
     teacher: About
 
@@ -139,7 +140,7 @@ class Summary:
 
     def speed(self, models: Mapping[str, nn.Module]) -> dict[str, tuple[Interval, Interval]]:
         """Seconds for one example and for a batch, by role; the models take turns."""
-        data = self.data[VALIDATION]
+        data = {role: self.data.by_role(role)[VALIDATION] for role in models}
         for model in models.values():
             model.to(self.device)
         one = measure_speed(models, data, batch_size=1, repeats=60)
@@ -148,7 +149,7 @@ class Summary:
 
     def throughput_batch(self) -> int:
         """The batch size that throughput is measured at."""
-        return min(THROUGHPUT_BATCH, len(self.data[VALIDATION]))
+        return min(THROUGHPUT_BATCH, len(self.data.student[VALIDATION]))
 
 
 def mean(values: Iterable[float]) -> float:

@@ -87,7 +87,7 @@ class LiveTeacher:
         """What says something to a student."""
         return ModuleTeacher(self.loaded.model)
 
-    def student(self, spec: StudentSpec, task: Task, seed: int) -> nn.Module:
+    def student(self, spec: StudentSpec, task: Task, seed: int) -> Loaded:
         """Make the student; see `limbeck.models.make_student`."""
         return make_student(spec, task, self.loaded, seed)
 
@@ -143,7 +143,7 @@ class KeptTeacher:
         """What says something to a student."""
         return Cached(None, self.store)
 
-    def student(self, spec: StudentSpec, task: Task, seed: int) -> nn.Module:
+    def student(self, spec: StudentSpec, task: Task, seed: int) -> Loaded:
         """Make the student, from the start that was kept with the cache or from a model of its own.
 
         Raises:
@@ -216,7 +216,7 @@ def keep_teacher(
         teacher.processor.save_pretrained(own)
     taken = spec.layers
     if taken is not None:
-        save_model(teacher.student(spec, task, seed=0), teacher.processor, folder / START)
+        save_model(teacher.student(spec, task, seed=0).model, teacher.processor, folder / START)
         taken = taken if (folder / START / CONFIG).is_file() else None  # else nothing can load it again
     write_tensors(own / ANSWERS, {name: torch.from_numpy(logits) for name, logits in answers.items()})
     about = dataclasses.replace(teacher.about(task, spec.path), taken=taken)

@@ -29,7 +29,7 @@ LAYERS = [
     "distiller",
     "train report",
     "tasks evaluate",
-    "recipe stage",
+    "recipe stage encodings",
     "models pairing plan",
     "teaching",
     "summary remember",

@@ -55,7 +55,7 @@ class ModuleInputs:
         extra = {key: value for key, value in extra.items() if self.is_open or key in self.named}
         return self.model(*given, **inputs, **extra)
 
-    def alone(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    def alone(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Any:
         """Call the model as its user would, with labels if it takes them, and without what it cannot take."""
         if LABELS not in named and len(inputs) > max(1, self.places):
             inputs = inputs[:-1]

@@ -16,9 +16,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
-from limbeck.batch import as_batch, batch_size, rows
+from limbeck.batch import as_batch, batch_size, collated, rows
 from limbeck.train.settings import Settings
 from limbeck.types import Batch
 
@@ -60,7 +60,7 @@ class Examples:
     """
 
     items: Indexed
-    collate: Callable[[list[Any]], Any] = default_collate
+    collate: Callable[[list[Any]], Any] = collated
     lengths: Sequence[int] | None = None
     augment: Callable[[Any, np.random.Generator], Any] | None = None
     variants: int | None = None
