@@ -26,6 +26,7 @@ from limbeck.teachers import (
     as_teacher,
     record,
 )
+from limbeck.teachers.members import behind, check_students
 from limbeck.terms import Term
 from limbeck.types import STUDENT, TEACHER, TEACHER_CACHE, Batch, Output, Signal
 
@@ -185,8 +186,9 @@ class Distiller(nn.Module):
 
     def keep(self) -> None:
         """Bring to disk what the teacher remembers, so that a resumed training finds it as it was."""
-        if isinstance(self.teacher, Cached):
-            self.teacher.store.flush()
+        for _, teacher in behind(self.teacher):
+            if isinstance(teacher, Cached):
+                teacher.store.flush()
 
     @property
     def teacher_seconds(self) -> float:
@@ -232,15 +234,12 @@ class Distiller(nn.Module):
     def _borrow(self, path: str) -> nn.Module:
         """A part of the teacher, for a loss that passes the student's features through it."""
         live = _live(self.teacher)
-        if live is None:
+        prefix = next((prefix for prefix in sorted(live, reverse=True) if path.startswith(prefix)), None)
+        if prefix is None:
             raise ValueError(
                 f"the loss needs the teacher's {path!r}, and the teacher is no module in this process"
             )
-        modules = dict(live.module.named_modules())
-        if path not in modules:
-            raise ValueError(f"the teacher has no module {path!r}; {nearest(path, modules)}")
-        module: nn.Module = modules[path]
-        return module
+        return live[prefix].lend(path.removeprefix(prefix))
 
     def _logits(self, seen: Mapping[str, Tensor], output: Any) -> Tensor | None:
         if "logits" in seen:
@@ -291,14 +290,14 @@ def _detached(student: Signal) -> Signal:
     return Signal({tap: tensor.detach() for tap, tensor in student.values.items()})
 
 
-def _live(teacher: Teacher | None) -> ModuleTeacher | None:
-    """The module behind a teacher, in this process, if there is one."""
-    teacher = teacher.teacher if isinstance(teacher, Cached) else teacher
-    return teacher if isinstance(teacher, ModuleTeacher) else None
+def _live(teacher: Teacher | None) -> dict[str, ModuleTeacher]:
+    """The modules behind a teacher, in this process, by what stands before their taps."""
+    return {prefix: inner for prefix, inner in behind(teacher) if isinstance(inner, ModuleTeacher)}
 
 
 def _check_apart(student: nn.Module, teacher: Teacher | None) -> None:
     """A teacher is frozen, and a student that shares weights with it would be, too."""
-    live = _live(teacher)
-    if live is not None and {id(p) for p in student.parameters()} & {id(p) for p in live.module.parameters()}:
+    own = {id(parameter) for parameter in student.parameters()}
+    if any(id(p) in own for live in _live(teacher).values() for p in live.module.parameters()):
         raise ValueError("student and teacher share weights; pass copy.deepcopy(teacher) as the teacher")
+    check_students(student, teacher)

@@ -32,3 +32,16 @@ class Identified(Protocol):
     def identity(self) -> Mapping[str, Any]:
         """All that determines its signals but the batch, as flat JSON: two teachers that agree in it are one."""
         ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A teacher that changes in training; checkpoints keep its state."""
+
+    def state(self) -> dict[str, Any]:
+        """All that its next signals depend on, as nested dicts of tensors and what JSON can hold."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; called when the student's weights are back."""
+        ...

@@ -1,0 +1,136 @@
+"""A teacher that follows the student: the running mean of its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.taps import Read
+from limbeck.teachers.module import ModuleTeacher
+from limbeck.types import Batch, Signal
+
+DECAY, WEIGHTS, BUFFERS = "decay", "weights", "buffers"
+
+
+class Average:
+    r"""The exponential moving average of the student's weights, as a teacher (mean teacher).
+
+    .. math:: \bar\theta \leftarrow \beta \bar\theta + (1 - \beta) \theta
+
+    after each update of the student, whatever loop makes it: that one was made is seen from the parameters, when
+    the teacher is asked next. Micro-batches of one update are one update, and one that a gradient scaler skips is
+    none. Two updates without a question between them count as one. Loading weights into the student counts as an
+    update; load them before.
+
+    Running statistics and other buffers are the student's as of its last update. Half-precision weights are
+    averaged in float32, where small changes do not get lost. `fit` keeps the mean in its checkpoints; it is in no
+    state dict.
+
+    Args:
+        student: The student of the Distiller. The teacher is a copy of it.
+        decay: :math:`\beta`, from 0 (the student after its last update) to 1 (the student as it is now).
+        read: Names the model's outputs where they have no names.
+
+    Attributes:
+        student: The student.
+        module: The mean, a frozen copy.
+
+    Raises:
+        ValueError: a decay outside of 0 to 1.
+
+    Example:
+        >>> student = nn.Linear(2, 1)
+        >>> before = student.bias.item()
+        >>> teacher = Average(student, decay=0.9)
+        >>> with torch.no_grad():
+        ...     _ = student.bias.add_(1.0)  # an update
+        >>> _ = teacher.signal({"input": torch.zeros(1, 2)}, ["logits"])
+        >>> round(teacher.module.bias.item() - before, 4)
+        0.1
+
+    Reference:
+        Tarvainen and Valpola 2017, Mean teachers are better role models, arXiv:1703.01780.
+    """
+
+    def __init__(self, student: nn.Module, decay: float = 0.999, read: Read | None = None) -> None:
+        if not 0 <= decay <= 1:
+            raise ValueError(f"a decay is a share from 0 to 1, got {decay}")
+        self.student = student
+        self.decay = decay
+        self._teacher = ModuleTeacher(copy.deepcopy(student), read)
+        self.module = self._teacher.module
+        # Of half-precision weights the mean itself, which the module holds rounded.
+        self._exact = {n: p.float() for n, p in self.module.named_parameters() if p.dtype.itemsize < 4}
+        self._seen = self._versions()
+
+    def offers(self, tap: str) -> bool:
+        """Whether the student has this tap."""
+        return self._teacher.offers(tap)
+
+    def names(self) -> Iterable[str]:
+        """The student's paths and the known output names."""
+        return self._teacher.names()
+
+    def signal(self, batch: Batch, wants: Sequence[str]) -> Signal:
+        """Take in the student's last update, if there was one, and run the mean on the batch."""
+        self.follow()
+        return self._teacher.signal(batch, wants)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Take in the student's last update, if there was one.
+
+        Raises:
+            ValueError: the student has other weights than when this was made.
+        """
+        versions = self._versions()
+        if versions == self._seen:
+            return
+        theirs, means = dict(self.student.named_parameters()), dict(self.module.named_parameters())
+        if theirs.keys() != means.keys():
+            changed = sorted(theirs.keys() ^ means.keys())[0]
+            raise ValueError(
+                f"the student has changed since its average was made ({changed!r}); make the Average after that"
+            )
+        for name, mean in means.items():
+            exact = self._exact.get(name, mean)
+            exact.lerp_(theirs[name].to(exact), 1 - self.decay)
+            if exact is not mean:
+                mean.copy_(exact)
+        self._put(dict(self.module.named_buffers()), dict(self.student.named_buffers()))
+        self._seen = versions
+
+    def state(self) -> dict[str, Any]:
+        """The mean, with the student's last update in it."""
+        self.follow()
+        weights = {name: self._exact.get(name, mean) for name, mean in self.module.named_parameters()}
+        return {DECAY: self.decay, WEIGHTS: weights, BUFFERS: dict(self.module.named_buffers())}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a mean that has the student's last update in it.
+
+        Raises:
+            ValueError: it was made with another decay.
+        """
+        if state[DECAY] != self.decay:
+            raise ValueError(
+                f"the teacher's average was made with decay {state[DECAY]:g} and goes on with {self.decay:g}; "
+                "take that one, or begin in another folder"
+            )
+        self._put(self._exact, {name: state[WEIGHTS][name] for name in self._exact})
+        self._put(dict(self.module.named_parameters()), state[WEIGHTS])
+        self._put(dict(self.module.named_buffers()), state[BUFFERS])
+        self._seen = self._versions()
+
+    def _versions(self) -> tuple[int, ...]:
+        """PyTorch counts each change in place, which every optimizer makes."""
+        return tuple(parameter._version for parameter in self.student.parameters())
+
+    def _put(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+        for name, tensor in ours.items():
+            tensor.copy_(theirs[name])
