@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class ModuleInputs:
                 "rename the batch's entries to the model's"
             )
         extra = {key: value for key, value in extra.items() if self.is_open or key in self.named}
-        return (run or self.model)(*given, **inputs, **extra)
+        return (self.model if run is None else run)(*given, **inputs, **extra)
 
     def alone(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         """Call the model as its user would, with labels if it takes them, and without what it cannot take."""
@@ -106,9 +106,8 @@ class Reader:
             ValueError: a tap that it does not have.
         """
         recorder = self._recorder(tuple(wants))
-        if compiled is not None:
-            recorder.pin()
-        _, values = record(recorder, lambda **extra: self.call(batch, run=compiled, **extra))
+        with nullcontext() if compiled is None else _compiled_with(recorder):
+            _, values = record(recorder, lambda **extra: self.call(batch, run=compiled, **extra))
         return Signal({tap: tensor.detach() for tap, tensor in values.items()})
 
     def _resolve(self, taps: Iterable[str]) -> dict[str, Tap]:
@@ -233,6 +232,14 @@ class ModuleTeacher:
         """A precision that was chosen holds under the autocast of a training too."""
         here = next((t.device for t in (*self.module.parameters(), *self.module.buffers())), CPU)
         return torch.autocast(here.type, enabled=False) if self.dtype or self.int8 else nullcontext()
+
+
+@contextmanager
+def _compiled_with(recorder: Recorder) -> Iterator[None]:
+    """Pin a recorder, and have what was compiled without its hooks, for other taps, be compiled anew."""
+    recorder.pin()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        yield
 
 
 def _device(batch: Batch) -> torch.device | None:
