@@ -15,6 +15,9 @@ from limbeck.types import Batch, Signal
 
 DECAY, WEIGHTS, BUFFERS = "decay", "weights", "buffers"
 
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+"""By their size in bytes."""
+
 
 class Average:
     r"""The exponential moving average of the student's weights, as a teacher (mean teacher).
@@ -22,9 +25,9 @@ class Average:
     .. math:: \bar\theta \leftarrow \beta \bar\theta + (1 - \beta) \theta
 
     after each update of the student, whatever loop makes it: that one was made is seen from the parameters, when
-    the teacher is asked next. Micro-batches of one update are one update, and one that a gradient scaler skips is
-    none. Two updates without a question between them count as one. Loading weights into the student counts as an
-    update; load them before.
+    the teacher is asked next (one more reading of the weights, little beside a forward pass). Micro-batches of one
+    update are one update, and one that a gradient scaler skips is none. Two updates without a question between
+    them count as one. Loading weights into the student counts as an update; load them before.
 
     Running statistics and other buffers are the student's as of its last update. Half-precision weights are
     averaged in float32, where small changes do not get lost. `fit` keeps the mean in its checkpoints; it is in no
@@ -65,7 +68,7 @@ class Average:
         self.module = self._teacher.module
         # Of half-precision weights the mean itself, which the module holds rounded.
         self._exact = {n: p.float() for n, p in self.module.named_parameters() if p.dtype.itemsize < 4}
-        self._seen = self._versions()
+        self._seen = _marks(student)
 
     def offers(self, tap: str) -> bool:
         """Whether the student has this tap."""
@@ -87,8 +90,8 @@ class Average:
         Raises:
             ValueError: the student has other weights than when this was made.
         """
-        versions = self._versions()
-        if versions == self._seen:
+        marks = _marks(self.student)
+        if marks == self._seen:
             return
         theirs, means = dict(self.student.named_parameters()), dict(self.module.named_parameters())
         if theirs.keys() != means.keys():
@@ -102,7 +105,7 @@ class Average:
             if exact is not mean:
                 mean.copy_(exact)
         self._put(dict(self.module.named_buffers()), dict(self.student.named_buffers()))
-        self._seen = versions
+        self._seen = marks
 
     def state(self) -> dict[str, Any]:
         """The mean, with the student's last update in it."""
@@ -125,12 +128,29 @@ class Average:
         self._put(self._exact, {name: state[WEIGHTS][name] for name in self._exact})
         self._put(dict(self.module.named_parameters()), state[WEIGHTS])
         self._put(dict(self.module.named_buffers()), state[BUFFERS])
-        self._seen = self._versions()
-
-    def _versions(self) -> tuple[int, ...]:
-        """PyTorch counts each change in place, which every optimizer makes."""
-        return tuple(parameter._version for parameter in self.student.parameters())
+        self._seen = _marks(self.student)
 
     def _put(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
         for name, tensor in ours.items():
             tensor.copy_(theirs[name])
+
+
+def _marks(module: nn.Module) -> list[int]:
+    """Numbers that differ once the weights were updated.
+
+    PyTorch counts changes in place, but not those by its fused optimizers; these show in the weights' bits.
+    """
+    parameters = list(module.parameters())
+    bits = [_sum_of_bits(parameter.detach().reshape(-1)) for parameter in parameters]
+    here = [total.to(bits[0].device) for total in bits]
+    return [*(parameter._version for parameter in parameters), *(torch.stack(here).tolist() if here else ())]
+
+
+def _sum_of_bits(flat: Tensor) -> Tensor:
+    """The sum of a vector's bytes, read as whole numbers; eight at a time where PyTorch can, which is faster."""
+    size = flat.element_size()
+    together = max(1, 8 // size)
+    if flat.storage_offset() % together:
+        return flat.view(INTEGERS[size]).sum()
+    end = len(flat) - len(flat) % together
+    return flat[:end].view(torch.int64).sum() + flat[end:].view(INTEGERS[size]).sum()
