@@ -3,6 +3,8 @@
 import copy
 import os
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,6 +18,7 @@ from limbeck.teachers import Average, Cached, Ensemble, ModuleTeacher, WithoutAd
 from limbeck.testing import TeacherContract
 from limbeck.train.checkpoint import latest
 from tests.models import bert, perceptron, points, text_batch
+from tests.test_memory_ranks import ROOT, free_port
 
 KD = Term("logits", loss="forward_kl", name="kd")
 LABELS = Term("labels", loss="cross_entropy")
@@ -427,3 +430,15 @@ def test_with_peft_itself():
     assert torch.equal(teacher.signal(text_batch(), ["logits"])["logits"], exact)
     assert out.terms["kd"] > 0
     assert teacher.identity() == said
+
+
+def test_resume_is_exact_on_two_ranks(tmp_path):
+    """Running statistics, which differ between ranks until the next step, included."""
+    command = [sys.executable, "-m", "tests.workers.own_weights", str(free_port()), str(tmp_path)]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=180)
+    for kind in ("Average", "WithoutAdapter"):
+        found = [torch.load(tmp_path / kind / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+        for whole, resumed in found:
+            assert whole.keys() == resumed.keys()
+            assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        assert all(torch.equal(found[0][0][n], t) for n, t in found[1][0].items() if "running" not in n)

@@ -320,3 +320,16 @@ def test_int8_stays_on_the_cpu():
     assert ours.device.type == "cuda"
     exact = ModuleTeacher(bert(), int8=True).signal(text_batch(), ["logits"])["logits"]
     assert torch.equal(ours.cpu(), exact)
+
+
+def test_a_teacher_stays_on_its_device():
+    """The batch goes there, and the signals go back, which from the device without contents is an error."""
+    teacher = ModuleTeacher(perceptron(), device="meta")
+    teacher.signal({"input": points()[0].to("meta")}, ["logits"])
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        teacher.signal({"input": points()[0]}, ["logits"])
+    assert {parameter.device.type for parameter in teacher.module.parameters()} == {"meta"}
+    stays = ModuleTeacher(perceptron(), device="cpu")
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        stays.signal({"input": points()[0].to("meta")}, ["logits"])
+    assert {parameter.device.type for parameter in stays.module.parameters()} == {"cpu"}

@@ -13,7 +13,7 @@ from limbeck.taps import Read
 from limbeck.teachers.module import ModuleTeacher
 from limbeck.types import Batch, Signal
 
-DECAY, WEIGHTS, BUFFERS = "decay", "weights", "buffers"
+DECAY, BEHIND, WEIGHTS, BUFFERS = "decay", "behind", "weights", "buffers"
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 """By their size in bytes."""
@@ -108,14 +108,18 @@ class Average:
         self._seen = marks
 
     def state(self) -> dict[str, Any]:
-        """The mean, with the student's last update in it."""
-        self.follow()
+        """The mean as it is, and whether it lags behind the student by an update.
+
+        That update is not taken in here: with several ranks the buffers are still to be made the same.
+        """
         weights = {name: self._exact.get(name, mean) for name, mean in self.module.named_parameters()}
-        return {DECAY: self.decay, WEIGHTS: weights, BUFFERS: dict(self.module.named_buffers())}
+        behind = _marks(self.student) != self._seen
+        buffers = dict(self.module.named_buffers())
+        return {DECAY: self.decay, BEHIND: behind, WEIGHTS: weights, BUFFERS: buffers}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from a mean that has the student's last update in it.
+        """Go on from what `state` gave, with the student as it was then.
 
         Raises:
             ValueError: it was made with another decay.
@@ -128,7 +132,7 @@ class Average:
         self._put(self._exact, {name: state[WEIGHTS][name] for name in self._exact})
         self._put(dict(self.module.named_parameters()), state[WEIGHTS])
         self._put(dict(self.module.named_buffers()), state[BUFFERS])
-        self._seen = _marks(self.student)
+        self._seen = [] if state[BEHIND] else _marks(self.student)
 
     def _put(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
         for name, tensor in ours.items():
