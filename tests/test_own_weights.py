@@ -353,7 +353,8 @@ def test_it_trains_like_a_copy_of_the_model_below(compiled):
     def gradients(make):
         student = Adapted()
         student.base.eval()  # its statistics are the teacher's too
-        distiller = Distiller(student, make(student), [KD, LABELS]).train()
+        hidden = Term("adapter", "base.3", loss="mse", name="hidden")
+        distiller = Distiller(student, make(student), [KD, LABELS, hidden]).train()
         student.base.eval()
         if compiled:
             distiller.compile_student(backend="eager")
@@ -372,10 +373,19 @@ class Renamed(nn.Module):
 
     def __init__(self, module):
         super().__init__()
-        self.module = module
+        self.base = module
 
     def forward(self, features):
-        return self.module(features)
+        return self.base(features)
+
+
+def test_taps_of_a_student_that_was_compiled_without_them():
+    student, features = Adapted(), points()[0]
+    student.compile(backend="eager")
+    with torch.no_grad(), student.disable_adapter():
+        exact = student.eval()(features)
+    ours = WithoutAdapter(student).signal({"features": features}, ["base.3"])["base.3"]
+    assert torch.equal(ours, exact)
 
 
 def test_an_error_in_the_pass_leaves_the_student_as_it_was():
