@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,9 +59,9 @@ class Cached:
         """What the teacher, or the store, has."""
         return self.store.taps() if self.teacher is None else self.teacher.names()
 
-    def members(self) -> Iterable[Teacher]:
+    def parts(self) -> Mapping[str, Teacher]:
         """The teacher, if there is one."""
-        return () if self.teacher is None else (self.teacher,)
+        return {} if self.teacher is None else {"": self.teacher}
 
     def signal(self, batch: Batch, wants: Sequence[str]) -> Signal:
         """Find the batch's signals, and let the teacher compute those that are not kept yet.
