@@ -48,7 +48,7 @@ class Memory:
     def teacher(self, module: nn.Module) -> Teacher:
         """The teacher of a training."""
         live = ModuleTeacher(module)
-        return live if self.store is None else Cached(live, self.store, self.dtype)
+        return live if self.store is None else Cached(live, self.store, dtype=self.dtype)
 
 
 def recall(recipe: Recipe, teacher: Loaded, train: Examples, terms: Sequence[PlannedTerm], folder: Path) -> Memory:
