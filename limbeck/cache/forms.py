@@ -170,7 +170,7 @@ class TopKForm:
         >>> form = TopKForm(2)
         >>> parts = form.encode(torch.tensor([[1.0, 5.0, 3.0, 1.0]]), "row", None, [b""])
         >>> {name: column.flat.tolist() for name, column in parts.items()}
-        {'ids.0': [[1, 2]], 'values': [[0.0, -2.0]], 'rest': [[-3.306640625]]}
+        {'ids.0': [[1, 2]], 'values': [[0.0, -2.0]], 'rest': [[-3.3068528175354004]]}
     """
 
     k: int
@@ -356,7 +356,8 @@ def _by_example(counts: Tensor, lengths: Numbers | None) -> Numbers:
     if lengths is None:
         return np.asarray(found.reshape(len(found), -1).sum(axis=1))
     ends = np.cumsum(lengths)
-    return np.diff(np.concatenate([[0], np.cumsum(found)])[np.concatenate([[0], ends])])
+    by_example: Numbers = np.diff(np.concatenate([[0], np.cumsum(found)])[np.concatenate([[0], ends])])
+    return by_example
 
 
 def _spread(counts: Tensor, ids: Tensor, weights: Tensor, size: int, temperatures: tuple[float, ...]) -> Sampled:

@@ -158,6 +158,7 @@ class Positions:
         valid = mask.detach().cpu().bool().numpy()
         self.width = valid.shape[1]
         self.lengths: list[int] = valid.sum(axis=1).tolist()
+        self.full = bool(valid.all())
         starts = valid.argmax(axis=1).tolist() if self.width else [0] * len(valid)
         stops = (self.width - valid[:, ::-1].argmax(axis=1)).tolist() if self.width else [0] * len(valid)
         self.places: list[slice | Numbers] = [
@@ -218,25 +219,35 @@ class Gathering:
         if len(sources) == 1:
             np.take(first.data, self.rows, axis=0, out=into, mode="clip")
             return joined
-        for number, source in enumerate(sources):
-            places = np.flatnonzero(self.which == number)
-            into[places] = source.data[self.rows[places]]
+        order = np.argsort(self.which, kind="stable")
+        ends = np.cumsum(np.bincount(self.which, minlength=len(sources))).tolist()
+        by_block = np.empty_like(into)
+        for source, start, end in zip(sources, [0, *ends], ends, strict=False):
+            rows = self.rows[order[start:end]]
+            np.take(source.data, rows, axis=0, out=by_block[start:end], mode="clip")
+        np.take(by_block, np.argsort(order), axis=0, out=into, mode="clip")
         return joined
 
     def _padded(self, pieces: Sequence[Bytes], first: Kept) -> Tensor:
         pairs = first.kind == "pairs"
         counts = [round(len(piece) ** 0.5) if pairs else len(piece) for piece in pieces]
-        positions = self.positions or Positions(torch.ones(len(counts), max(counts, default=0)))
-        for count, length in zip(counts, positions.lengths, strict=True):
+        width = self.positions.width if self.positions else max(counts, default=0)
+        lengths = self.positions.lengths if self.positions else [width] * len(counts)
+        for count, length in zip(counts, lengths, strict=True):
             if count != length:
                 raise ValueError(f"an example of {length} positions was kept with {count}")
-        sizes = (positions.width, positions.width) if pairs else (positions.width,)
+        sizes = (width, width) if pairs else (width,)
         joined = torch.empty(len(self), *sizes, *first.shape, dtype=first.dtype)
         if joined.numel():
-            into = raw(joined).reshape(len(self), *sizes, -1)
-            for row, piece, place in zip(into, pieces, positions.places, strict=True):
-                (_fill_pairs if pairs else _fill)(row, piece, place)
+            self._write(pieces, raw(joined).reshape(len(self), *sizes, -1), pairs)
         return joined.permute(0, 3, 1, 2) if pairs else joined
+
+    def _write(self, pieces: Sequence[Bytes], into: Bytes, pairs: bool) -> None:
+        if self.positions is None or self.positions.full:
+            np.concatenate(pieces, out=into.reshape(-1, into.shape[-1]))
+            return
+        for row, piece, place in zip(into, pieces, self.positions.places, strict=True):
+            (_fill_pairs if pairs else _fill)(row, piece, place)
 
 
 def _fill(row: Bytes, piece: Bytes, place: slice | Numbers) -> None:

@@ -58,5 +58,9 @@ def pack(numbers: Tensor, limit: int) -> list[Tensor]:
 
 def unpack(planes: Sequence[Tensor]) -> Tensor:
     """The numbers that `pack` was given, int64."""
-    numbers = planes[0].to(torch.int64)
-    return numbers.add_(planes[1], alpha=LOW) if len(planes) > 1 else numbers
+    if len(planes) == 1:
+        return planes[0].to(torch.int64)
+    numbers = planes[1].to(torch.int32)  # half the bytes to work on; they are below 2^24
+    numbers <<= 16
+    numbers |= planes[0].to(torch.int32)
+    return numbers.to(torch.int64)

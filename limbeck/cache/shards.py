@@ -3,8 +3,8 @@
 A file, called a shard, is a safetensors file. It holds the key of each example and the columns of each tap, with
 the lengths of examples where they differ. Its header holds a checksum of every tensor, and its name a digest of
 its header: any flipped byte is found, and what is read is checked before it is used. It is written under another
-name and renamed, so that what has the name is whole. A folder of shards therefore needs no list of them, and several
-processes may add to it without a lock.
+name and renamed, so that what has the name is whole. A folder of shards therefore needs no list of them, and
+several processes may add to it without a lock.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Block:
 
     def _checked(self, name: str) -> Bytes:
         entry = self._unread[name]
-        if zlib.crc32(entry["data"]) != entry["sum"]:
+        if zlib.crc32(entry["data"].data) != entry["sum"]:
             raise ValueError(f"{self.path} is damaged; limbeck cache prune removes it")
         data: Bytes = entry["data"]
         return data
@@ -170,7 +170,7 @@ def _layout(block: Block) -> tuple[bytes, list[Bytes]]:
         about["columns"][name] = [kept.kind, lengths]
     # wide dtypes first, so that each tensor starts at a multiple of its own width
     ordered = sorted(tensors.items(), key=lambda item: (-DTYPES[item[1][0]].itemsize, item[0]))
-    about["sums"] = {name: zlib.crc32(data) for name, (_, _, data) in ordered}
+    about["sums"] = {name: zlib.crc32(data.data) for name, (_, _, data) in ordered}
     entries: dict[str, Any] = {"__metadata__": {ABOUT: _json(about)}}
     ends = np.cumsum([0, *(data.nbytes for _, (_, _, data) in ordered)]).tolist()
     for (name, (code, shape, _)), span in zip(ordered, pairwise(ends), strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from limbeck.cache.folder import claim
-from limbeck.cache.forms import SIZE, from_description
+from limbeck.cache.forms import SIZE, Form, from_description
 from limbeck.cache.index import Index
 from limbeck.cache.keys import first_difference
 from limbeck.cache.layout import Kind, Positions
@@ -56,6 +56,7 @@ class Store:
         self.shards: dict[Path, Block] = {}
         self._index = Index()
         self._taps: dict[str, tuple[Kind, Mapping[str, Any]]] = {}
+        self._forms: dict[str, Form] = {}
         self._fresh: list[int] = []
         self._whole: list[int] = []
         self._fresh_bytes = self._merged_bytes = 0
@@ -113,10 +114,7 @@ class Store:
             By tap a tensor or a `limbeck.types.Sparse`.
         """
         parts = self.parts(keys, taps, mask)
-        return {
-            tap: from_description(self.form(tap)).decode(parts[tap], int(self.form(tap).get(SIZE, 0)))
-            for tap in taps
-        }
+        return {tap: self._forms[tap].decode(parts[tap], int(self.form(tap).get(SIZE, 0))) for tap in taps}
 
     def kind(self, tap: str) -> Kind:
         """How the examples of a tap are kept.
@@ -229,3 +227,5 @@ class Store:
         difference = first_difference(form, before)
         if difference:
             raise ValueError(f"tap {tap!r} is kept in another form ({difference}); use another cache")
+        if tap not in self._forms:
+            self._forms[tap] = from_description(form)

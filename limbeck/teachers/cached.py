@@ -97,7 +97,7 @@ class Cached:
             return self.store.belongs
         if not isinstance(self.teacher, Identified) and self._belongs is None:
             raise TypeError(
-                f"{type(self.teacher).__name__} has no identity(), so that nobody could tell its kept signals from "
+                f"{type(self.teacher).__name__} has no identity(), and its kept signals could not be told from "
                 "another teacher's; say with belongs={...} what they depend on"
             )
         own = self.teacher.identity() if isinstance(self.teacher, Identified) else {}
@@ -158,9 +158,7 @@ class Cached:
 
     def _agree(self, wants: Sequence[str]) -> None:
         """Check that taps which are kept already are in the forms that are asked for."""
-        for tap in set(wants) - self._agreed & self.store.taps():
-            if tap not in self.store.taps():
-                continue
+        for tap in (set(wants) - self._agreed) & self.store.taps():
             kept = {key: value for key, value in self.store.form(tap).items() if key != SIZE}
             free = tap not in self.forms and (self.teacher is None or "given" in kept)
             difference = "" if free else first_difference(describe(self.forms.get(tap, self.default)), kept)
