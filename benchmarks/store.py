@@ -85,7 +85,9 @@ def reading(rounds):
         full = torch.ones(32, 128)
         for name, mask in (("masked", full), ("no mask", None)):
             what = f"hidden states 128 x 384 fp32, 32, {name}"
-            compare(what, lambda k, m=mask: store.read(k, ["tap"], None if len(k) < 32 else m)["tap"], 1024, 32, rounds)
+            compare(
+                what, lambda k, m=mask: store.read(k, ["tap"], None if len(k) < 32 else m)["tap"], 1024, 32, rounds
+            )
         tokens = fill(folder / "b", TopKForm(32), 1024, given_top_k, 512)
         compare("top-32 of 512 tokens, 16, as kept", lambda k: tokens.parts(k, ["tap"])["tap"], 1024, 16, rounds)
         compare("top-32 of 512 tokens, 16, decoded", lambda k: tokens.read(k, ["tap"])["tap"], 512, 16, rounds)
@@ -117,7 +119,10 @@ def building(rounds, examples):
     each = (time.perf_counter() - start) / len(batches)
     print(f"keys of 32 texts: {each * 1e3:.2f} ms a batch")
     hidden = [f"encoder.layer.{i}" for i in (1, 3, 5)]
-    for name, wants in (("pooled output", ["pooler_output"]), ("and three hidden taps", ["pooler_output", *hidden])):
+    for name, wants in (
+        ("pooled output", ["pooler_output"]),
+        ("and three hidden taps", ["pooler_output", *hidden]),
+    ):
         ratios = []
         for number in range(rounds):
             with tempfile.TemporaryDirectory() as place:

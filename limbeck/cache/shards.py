@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -112,6 +112,17 @@ class Block:
         if self.path is not None:
             return self.path.stat().st_size
         return len(self.keys) * KEY_BYTES + sum(kept.data.nbytes for kept in self._columns.values())
+
+    def size(self, tap: str) -> tuple[int, int]:
+        """The bytes of a tap's values, and its entries: examples, positions or pairs; read from headers alone."""
+        total = entries = 0
+        for part in self.taps[tap]["parts"]:
+            name = f"{tap}/{part}"
+            held = self._columns.get(name)
+            kind, data = (held.kind, held.data) if held else (self._unread[name][key] for key in ("kind", "data"))
+            total += data.nbytes
+            entries = entries if kind == "ragged" else len(data)
+        return total, entries
 
     def _load(self, name: str) -> Kept:
         assert self.path is not None
@@ -251,11 +262,3 @@ def is_whole(path: Path) -> bool:
     except ValueError:
         return False
     return True
-
-
-def bytes_by_tap(block: Block) -> Iterator[tuple[str, int, int]]:
-    """For each tap of a file its name, its bytes, and its entries: examples, positions, or pairs."""
-    for tap, about in block.taps.items():
-        columns = [block.column(tap, part) for part in about["parts"]]
-        first = next(kept for kept in columns if kept.kind != "ragged")
-        yield tap, sum(kept.data.nbytes for kept in columns), len(first.data)

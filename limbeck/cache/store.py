@@ -184,6 +184,11 @@ class Store:
         """The taps that are kept of any example."""
         return set(self._taps)
 
+    def size(self, tap: str) -> tuple[int, int]:
+        """The bytes of a tap's values, and its entries: examples, positions or pairs, by its kind."""
+        held = [block.size(tap) for block in self._index.blocks if block is not None and tap in block.taps]
+        return sum(nbytes for nbytes, _ in held), sum(entries for _, entries in held)
+
     def nbytes(self) -> int:
         """The bytes on disk and in memory."""
         return sum(block.nbytes() for block in self._index.blocks if block is not None)
