@@ -339,10 +339,12 @@ def _drawn(
     drawn = [
         sample(positions, form.draws, form.temperatures, _generator(form.seed, key), head)
         for positions, key in zip(examples, keys, strict=True)
+        if len(positions)
     ]
-    first = drawn[0]
+    if not drawn:
+        raise ValueError("a batch without any valid position has nothing to draw from; leave it out")
     ids, weights = (torch.cat(part) for part in zip(*((d.ids, d.weights) for d in drawn), strict=True))
-    return _Draws(Sampled(ids, first.size, first.temperatures, weights), kind, lengths)
+    return _Draws(Sampled(ids, flat.shape[-1], form.temperatures, weights), kind, lengths)
 
 
 def _generator(seed: int, key: bytes) -> torch.Generator:
