@@ -148,14 +148,14 @@ def merged(blocks: Sequence[Block]) -> Block:
     return together
 
 
-def write_shard(folder: Path, writer: str, number: int, block: Block) -> Path:
-    """Write a block, whole or not at all.
+def write_shard(folder: Path, writer: str, number: int, blocks: Sequence[Block]) -> Path:
+    """Write blocks as one file, whole or not at all.
 
     Args:
         folder: Where shards lie.
         writer: Who writes, unlike any other that writes here.
         number: How many it wrote before.
-        block: The signals.
+        blocks: The signals, all of one signature.
 
     Returns:
         The file.
@@ -163,43 +163,63 @@ def write_shard(folder: Path, writer: str, number: int, block: Block) -> Path:
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    header, chunks = _layout(block)
+    header, chunks = _layout(blocks)
     path = folder / f"{writer}-{number:06d}-{digest_of(header)}{SUFFIX}"
     write_chunks(path, [header, *chunks])
     return path
 
 
-def _layout(block: Block) -> tuple[bytes, list[Bytes]]:
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of a file, in pieces: they are written as they lie in memory."""
+
+    code: str
+    shape: tuple[int, ...]
+    pieces: Sequence[Bytes]
+
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+    def checksum(self) -> int:
+        found = 0
+        for piece in self.pieces:
+            found = zlib.crc32(piece.data, found)
+        return found
+
+
+def _layout(blocks: Sequence[Block]) -> tuple[bytes, list[Bytes]]:
     """The header of a file, with the length that stands before it, and what comes behind it."""
-    keys = np.frombuffer(b"".join(block.keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
-    tensors: dict[str, tuple[str, tuple[int, ...], Bytes]] = {KEY: ("U8", keys.shape, keys)}
-    about: dict[str, Any] = {"taps": block.taps, "columns": {}}
-    for name, kept in block.columns().items():
-        shape = (len(kept.data), *kept.shape)
-        tensors[name] = (CODES[kept.dtype], shape, kept.data)
-        lengths = "" if kept.lengths is None else _named_lengths(kept.lengths, tensors)
-        about["columns"][name] = [kept.kind, lengths]
+    whole = b"".join(key for block in blocks for key in block.keys)
+    keys = np.frombuffer(whole, dtype=np.uint8).reshape(-1, KEY_BYTES)
+    tensors = {KEY: _Tensor("U8", keys.shape, [keys])}
+    about: dict[str, Any] = {"taps": blocks[0].taps, "columns": {}}
+    for name, first in blocks[0].columns().items():
+        kept = [block.columns()[name] for block in blocks]
+        shape = (sum(len(k.data) for k in kept), *first.shape)
+        tensors[name] = _Tensor(CODES[first.dtype], shape, [k.data for k in kept])
+        found = [k.lengths for k in kept if k.lengths is not None]
+        about["columns"][name] = [first.kind, _named_lengths(np.concatenate(found), tensors) if found else ""]
     # wide dtypes first, so that each tensor starts at a multiple of its own width
-    ordered = sorted(tensors.items(), key=lambda item: (-DTYPES[item[1][0]].itemsize, item[0]))
-    about["sums"] = {name: zlib.crc32(data.data) for name, (_, _, data) in ordered}
+    ordered = sorted(tensors.items(), key=lambda item: (-DTYPES[item[1].code].itemsize, item[0]))
+    about["sums"] = {name: tensor.checksum() for name, tensor in ordered}
     entries: dict[str, Any] = {"__metadata__": {ABOUT: _json(about)}}
-    ends = np.cumsum([0, *(data.nbytes for _, (_, _, data) in ordered)]).tolist()
-    for (name, (code, shape, _)), span in zip(ordered, pairwise(ends), strict=True):
-        entries[name] = {"dtype": code, "shape": shape, "data_offsets": span}
+    ends = np.cumsum([0, *(tensor.nbytes() for _, tensor in ordered)]).tolist()
+    for (name, tensor), span in zip(ordered, pairwise(ends), strict=True):
+        entries[name] = {"dtype": tensor.code, "shape": tensor.shape, "data_offsets": span}
     text = _json(entries).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, [data for _, (_, _, data) in ordered]
+    return len(text).to_bytes(8, "little") + text, [piece for _, tensor in ordered for piece in tensor.pieces]
 
 
-def _named_lengths(lengths: Numbers, tensors: dict[str, tuple[str, tuple[int, ...], Bytes]]) -> str:
+def _named_lengths(lengths: Numbers, tensors: dict[str, _Tensor]) -> str:
     """The name of a tensor of lengths, which columns of the same lengths share."""
     data = lengths.astype(np.uint32).view(np.uint8)
     known = [name for name in tensors if name.startswith(LENGTHS)]
     for name in known:
-        if np.array_equal(tensors[name][2], data):
+        if np.array_equal(tensors[name].pieces[0], data):
             return name
     name = f"{LENGTHS}.{len(known)}"
-    tensors[name] = ("U32", (len(lengths),), data)
+    tensors[name] = _Tensor("U32", (len(lengths),), [data])
     return name
 
 

@@ -159,14 +159,17 @@ class Store:
 
     def flush(self) -> None:
         """Bring to disk what is in memory alone; without a folder, bring it together."""
-        self._whole += self._merge()
-        self._fresh, self._fresh_bytes, self._merged_bytes = [], 0, 0
-        while self.folder is not None and self._whole:
-            block = self._index.blocks[self._whole[0]]
-            assert block is not None
-            self._add(write_shard(self.folder, self._writer, self._written, block))
+        if self.folder is None:
+            self._whole += self._merge()
+            self._fresh, self._fresh_bytes, self._merged_bytes = [], 0, 0
+            return
+        for numbers in self._alike():
+            blocks = [block for number in numbers if (block := self._index.blocks[number]) is not None]
+            self._add(write_shard(self.folder, self._writer, self._written, blocks))
             self._written += 1
-            self._index.forget([self._whole.pop(0)])
+            self._index.forget(numbers)
+            self._fresh = [number for number in self._fresh if number not in numbers]
+        self._fresh_bytes = self._merged_bytes = 0
 
     def drop(self) -> None:
         """Let go of what is in memory alone."""
@@ -197,14 +200,18 @@ class Store:
         self._fresh.append(self._index.add(block))
         self._fresh_bytes += block.nbytes()
 
-    def _merge(self) -> list[int]:
-        """Make one block of all in memory that can be one; return the numbers of what comes out."""
+    def _alike(self) -> list[list[int]]:
+        """The blocks in memory that can be one."""
         alike: dict[str, list[int]] = {}
         for number in self._fresh:
             block = self._index.blocks[number]
             assert block is not None
             alike.setdefault(block.signature(), []).append(number)
-        self._fresh = [self._as_one(numbers) for numbers in alike.values()]
+        return list(alike.values())
+
+    def _merge(self) -> list[int]:
+        """Make one block of all in memory that can be one; return the numbers of what comes out."""
+        self._fresh = [self._as_one(numbers) for numbers in self._alike()]
         return self._fresh
 
     def _as_one(self, numbers: Sequence[int]) -> int:
