@@ -15,7 +15,7 @@ Values are copied as rows of raw bytes: one copy in numpy costs a third of a mic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any, Literal
@@ -200,6 +200,7 @@ class Gathering:
     which: Numbers
     rows: Numbers
     positions: Positions | None
+    _spans: dict[tuple[int, ...], list[tuple[int, int, int]]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -225,10 +226,21 @@ class Gathering:
                 )
         if first.kind == "row":
             return self._rows(sources)
-        pieces = [sources[w].entries(row) for w, row in zip(self.which.tolist(), self.rows.tolist(), strict=True)]
+        data = [source.data for source in sources]
+        pieces = [data[which][start:end] for which, start, end in self._find(sources)]
         if first.kind == "ragged":
-            return _tensor(np.concatenate(pieces), first)
+            return _tensor(np.concatenate(pieces), first, sum(map(len, pieces)))
         return self._padded(pieces, first)
+
+    def _find(self, sources: Sequence[Kept]) -> list[tuple[int, int, int]]:
+        """Each example's block, and where it begins and ends there; found once for columns of the same lengths."""
+        pairs = sources[0].kind == "pairs"
+        known = (int(pairs), *(id(source.lengths) for source in sources))
+        if known not in self._spans:
+            starts = [source.starts for source in sources]
+            places = zip(self.which.tolist(), self.rows.tolist(), strict=True)
+            self._spans[known] = [(which, starts[which][row], starts[which][row + 1]) for which, row in places]
+        return self._spans[known]
 
     def _rows(self, sources: Sequence[Kept]) -> Tensor:
         first = sources[0]
@@ -253,21 +265,18 @@ class Gathering:
         counts = [round(len(piece) ** 0.5) if pairs else len(piece) for piece in pieces]
         width = self.positions.width if self.positions else max(counts, default=0)
         lengths = self.positions.lengths if self.positions else [width] * len(counts)
-        for count, length in zip(counts, lengths, strict=True):
-            if count != length:
-                raise ValueError(f"an example of {length} positions was kept with {count}")
-        sizes = (width, width) if pairs else (width,)
-        joined = torch.empty(len(self), *sizes, *first.shape, dtype=first.dtype)
-        if joined.numel():
-            self._write(pieces, raw(joined).reshape(len(self), *sizes, -1), pairs)
-        return joined.permute(0, 3, 1, 2) if pairs else joined
-
-    def _write(self, pieces: Sequence[Bytes], into: Bytes, pairs: bool) -> None:
+        if counts != lengths:
+            count, length = next((c, n) for c, n in zip(counts, lengths, strict=True) if c != n)
+            raise ValueError(f"an example of {length} positions was kept with {count}")
+        sizes = (len(self), width, width) if pairs else (len(self), width)
         if self.positions is None or self.positions.full:
-            np.concatenate(pieces, out=into.reshape(-1, into.shape[-1]))
-            return
-        for row, piece, place in zip(into, pieces, self.positions.places, strict=True):
-            (_fill_pairs if pairs else _fill)(row, piece, place)
+            into = np.concatenate(pieces)
+        else:
+            into = np.empty((*sizes, first.data.shape[1]), dtype=np.uint8)
+            for row, piece, place in zip(into, pieces, self.positions.places, strict=True):
+                (_fill_pairs if pairs else _fill)(row, piece, place)
+        joined = _tensor(into, first, *sizes)
+        return joined.permute(0, 3, 1, 2) if pairs else joined
 
 
 def _fill(row: Bytes, piece: Bytes, place: slice | Numbers) -> None:
@@ -288,11 +297,11 @@ def _fill_pairs(row: Bytes, piece: Bytes, place: slice | Numbers) -> None:
     row[index] = piece.reshape(count, count, -1)
 
 
-def _tensor(data: Bytes, like: Kept) -> Tensor:
-    """Bytes (N, bytes of one) as a tensor (N, ...)."""
+def _tensor(data: Bytes, like: Kept, *sizes: int) -> Tensor:
+    """Bytes, as a tensor of these sizes and the shape of a column's entries."""
     if not data.size:
-        return torch.empty(len(data), *like.shape, dtype=like.dtype)
-    return torch.from_numpy(data).view(like.dtype).view(len(data), *like.shape)
+        return torch.empty(*sizes, *like.shape, dtype=like.dtype)
+    return torch.from_numpy(data).view(like.dtype).view(*sizes, *like.shape)
 
 
 def joined(kept: Sequence[Kept]) -> Kept:

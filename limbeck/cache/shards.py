@@ -76,6 +76,7 @@ class Block:
     path: Path | None = None
     _columns: dict[str, Kept] = field(default_factory=dict, repr=False)
     _unread: dict[str, Any] = field(default_factory=dict, repr=False)
+    _lengths: dict[str, Numbers] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, keys: Sequence[bytes], taps: Mapping[str, Tap], places: Sequence[int] | None = None) -> Block:
@@ -127,10 +128,14 @@ class Block:
     def _load(self, name: str) -> Kept:
         assert self.path is not None
         entry = self._unread[name]
-        lengths = None
-        if entry["lengths"]:
-            lengths = self._checked(entry["lengths"]).reshape(-1).view(np.uint32).astype(np.int64)
+        lengths = self._read_lengths(entry["lengths"]) if entry["lengths"] else None
         return Kept(entry["kind"], entry["dtype"], entry["shape"], self._checked(name), lengths)
+
+    def _read_lengths(self, name: str) -> Numbers:
+        """Columns of the same lengths get the same array: what is found out about it serves them all."""
+        if name not in self._lengths:
+            self._lengths[name] = self._checked(name).reshape(-1).view(np.uint32).astype(np.int64)
+        return self._lengths[name]
 
     def _checked(self, name: str) -> Bytes:
         entry = self._unread[name]
