@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import tests.losses  # noqa: E402
-from limbeck.losses import FAMILIES, LOSSES  # noqa: E402
+from limbeck.losses import FAMILIES, LOSSES, traits_of  # noqa: E402
 from limbeck.losses.describe import Description, describe, shown  # noqa: E402
 from limbeck.losses.transforms import TEMPERATURES, TRANSFORMS  # noqa: E402
 from tests.golden_cases import CASES  # noqa: E402
@@ -30,6 +30,12 @@ A loss is called `(student, teacher, *, options)` and gives one value per positi
 number of them. In the formulas, `p` is the teacher's distribution, `q` the student's, `s` and `t` are features of
 both, `y` is the label, `T` or `τ` a temperature. `limbeck list losses` prints a shorter form of this page, and
 `limbeck check package.module:name` runs this suite on a loss of your own; flags say what it does not promise.
+
+*Top-k targets* says whether the teacher's logits may be a `TopK` (`limbeck.sparse.top_k`): both sides are then
+compared over K + 1 classes, the kept ones and all others as one, exactly at each temperature that was kept. A
+divergence of these is a lower bound of the whole one. A loss of your own takes them below
+`limbeck.losses.sparse.over_buckets`. Against targets drawn at random (`limbeck.sparse.sample`),
+`soft_cross_entropy` is right on average, in value and gradient; no other loss is.
 
 *Agrees with* names independent code that gave the same value and gradient: numbers of other projects' code kept in
 `tests/golden/losses.json`, projects that `make oracles` runs beside ours, and a *second implementation* in float64
@@ -103,6 +109,7 @@ def section(found: Description, agreeing: list[str]) -> str:
     said = [f"- `{shown(n, d)}`: {markdown(found.arguments.get(n, ''))}" for n, d in found.options.items()]
     said += [f"- `{n}` ({by}): {markdown(found.arguments.get(n, ''))}" for n, by in found.brings.items()]
     said += [f"- `{n}` (from the batch): {markdown(found.arguments.get(n, ''))}" for n in found.asks]
+    able = traits_of(LOSSES.get(found.name)).sparse
     parts = [
         f"### {found.name}",
         markdown(found.summary),
@@ -111,6 +118,7 @@ def section(found: Description, agreeing: list[str]) -> str:
         f"**Reads** {markdown(found.reads)}",
         "**Options**" + ("\n\n" + "\n".join(said) if said else " none."),
         f"**Gives** {markdown(found.returns)}",
+        f"**Top-k targets** {'yes' if able is True else f'no: {able}'}." if able else "",
         f"**Paper** {markdown(found.reference)}",
         f"**Agrees with** {', '.join(agreeing)}.",
     ]

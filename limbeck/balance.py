@@ -33,6 +33,9 @@ class Balance(nn.Module):
     observes = False
     """Whether `observe` wants to be told of each step."""
 
+    every_term = False
+    """Whether it needs all terms in each step, and thus one task for all batches."""
+
     every: int | None = None
     """Steps between the measurements of gradients that it needs, or None where it needs none."""
 
@@ -44,8 +47,8 @@ class Balance(nn.Module):
         """One factor per term, (terms,), or None where all are 1."""
         return None
 
-    def penalty(self) -> Tensor | None:
-        """What is added to the loss once per step."""
+    def penalty(self, places: Sequence[int]) -> Tensor | None:
+        """What is added to the loss once per step, for the terms that the step has."""
         return None
 
     def observe(self, values: Tensor, norms: Tensor | None = None) -> None:
@@ -82,15 +85,16 @@ class Uncertainty(Balance):
         """One factor per term, with gradient."""
         return torch.exp(-self.log_variances)
 
-    def penalty(self) -> Tensor:
+    def penalty(self, places: Sequence[int]) -> Tensor:
         """The sum of the logarithms."""
-        return self.log_variances.sum()
+        return chosen(self.log_variances, places).sum()
 
 
 class _Matching(Balance):
     """Brings a running size of every term to that of a reference term."""
 
     observes = True
+    every_term = True
 
     def __init__(self, names: Sequence[str], *, reference: str | None = None, momentum: float = 0.9) -> None:
         super().__init__(names)
@@ -161,6 +165,16 @@ class GradientNorm(_Matching):
         """Follow the norms, where they were measured."""
         if norms is not None:
             self._remember(norms)
+
+
+def chosen(values: Tensor, places: Sequence[int]) -> Tensor:
+    """Some entries of a vector, in order; all of them cost nothing.
+
+    Example:
+        >>> chosen(torch.tensor([1.0, 2.0, 3.0]), [0, 2])
+        tensor([1., 3.])
+    """
+    return values if len(places) == len(values) else values[list(places)]
 
 
 def build_balance(spec: str | Mapping[str, Any], names: Sequence[str]) -> Balance:

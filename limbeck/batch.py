@@ -6,12 +6,25 @@ Shape legend: B examples, L positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
-from limbeck.types import IGNORE_INDEX, INPUTS, LABELS, STUDENT, TEACHER, TEACHER_CACHE, Batch, Sparse
+from limbeck.types import (
+    EXAMPLE_ID,
+    IGNORE_INDEX,
+    INPUTS,
+    LABELS,
+    STUDENT,
+    TASK,
+    TEACHER,
+    TEACHER_CACHE,
+    Batch,
+    Sparse,
+)
 
 ATTENTION_MASK = "attention_mask"
 PARTS = {STUDENT, TEACHER, TEACHER_CACHE}
@@ -63,9 +76,15 @@ def from_call(inputs: Sequence[Any], named: Batch) -> Batch:
 def view(batch: Batch, side: str) -> Batch:
     """A batch as one model is given it: the entries for all, and those that stand under its name.
 
+    A part is a batch of its own, a dict or a tuple; of a tuple the last entry is the labels, unless these stand
+    beside the parts.
+
     Args:
         batch: A batch, of which parts may be batches of their own: ``{"student": {...}, "teacher": {...}}``.
         side: The model's name.
+
+    Raises:
+        ValueError: parts with different numbers of examples, or nothing for this model.
 
     Example:
         >>> x, y = torch.zeros(2, 3), torch.ones(2, 5)
@@ -73,11 +92,91 @@ def view(batch: Batch, side: str) -> Batch:
         >>> {key: tuple(value.shape) for key, value in view(both, "teacher").items()}
         {'labels': (2,), 'input_ids': (2, 5)}
     """
-    parts = {key for key, value in batch.items() if isinstance(value, Mapping)} | PARTS & batch.keys()
+    parts = parts_of(batch, side)
     if not parts:
         return batch
-    common = {key: value for key, value in batch.items() if key not in parts}
-    return {**common, **as_batch(batch[side])} if side in batch else common
+    _check_parts(batch, parts)
+    # Parts under other names are those of several teachers, which look for them in the teacher's view.
+    kept = parts - PARTS if side == TEACHER and TEACHER not in batch else set()
+    common = {key: value for key, value in batch.items() if key not in parts or key in kept}
+    own = {**common, **_part(batch[side], LABELS in common)} if side in batch else common
+    if own.keys() <= {LABELS, EXAMPLE_ID, TASK}:
+        raise ValueError(
+            f"the batch has inputs under {', '.join(map(repr, sorted(parts)))} and none for the {side}; "
+            f"add a part {side!r}, or put what all models read beside the parts"
+        )
+    return own
+
+
+def parts_of(batch: Batch, side: str = STUDENT) -> set[str]:
+    """The entries of a batch that are batches of their own, each for some of the models; see `view`.
+
+    Example:
+        >>> x = torch.zeros(2, 3)
+        >>> parts_of({"x": x}), sorted(parts_of({"student": (x,), "teacher": (x,), "labels": x}))
+        (set(), ['student', 'teacher'])
+    """
+    known = PARTS & batch.keys()
+    if not known and not isinstance(batch.get(side), Mapping):
+        return set()
+    return known | {key for key, value in batch.items() if isinstance(value, Mapping)}
+
+
+def as_call(inputs: Sequence[Any], named: Batch, side: str) -> tuple[Sequence[Any], Batch]:
+    """The arguments of a call as one model is given them: those of its part, where a whole batch is passed.
+
+    Example:
+        >>> both = {"student": (torch.zeros(2, 3), torch.zeros(2)), "teacher": (torch.zeros(2, 5),)}
+        >>> inputs, named = as_call([], both, "student")
+        >>> [tuple(entry.shape) for entry in inputs], sorted(named)
+        ([(2, 3)], ['labels'])
+    """
+    whole = inputs[0] if len(inputs) == 1 and not named else named
+    if not isinstance(whole, Mapping) or not parts_of(whole, side):
+        return inputs, named
+    own = view(whole, side)
+    placed = positional(own)
+    return placed, {key: value for key, value in own.items() if not (placed and key == INPUTS)}
+
+
+def _part(part: Any, labels_are_outside: bool) -> Batch:
+    if labels_are_outside and isinstance(part, (tuple, list)):
+        return {INPUTS: tuple(part)}
+    return as_batch(part)
+
+
+def _check_parts(batch: Batch, parts: set[str]) -> None:
+    """Refuse parts that cannot be of the same examples."""
+    first, wanted = "", None
+    for key in dict.fromkeys((LABELS, STUDENT, TEACHER, *sorted(parts))):
+        size = next(_sizes(batch.get(key)), None)
+        if wanted is None:
+            first, wanted = key, size
+        elif size is not None and size != wanted:
+            raise ValueError(
+                f"the batch has {wanted} examples under {first!r} and {size} under {key!r}; "
+                "give each part the same examples, in the same order"
+            )
+
+
+def task_of(batch: Batch) -> str:
+    """The task that a batch belongs to.
+
+    Raises:
+        ValueError: it names none, or not one for the whole batch.
+
+    Example:
+        >>> task_of({"input": torch.zeros(2, 3), "task": "rte"})
+        'rte'
+    """
+    if TASK not in batch:
+        raise ValueError(
+            f"the batch has no {TASK!r}, only {sorted(batch)}; add the task's name, or use limbeck.Mixed"
+        )
+    task = batch[TASK]
+    if not isinstance(task, str):
+        raise ValueError(f"the {TASK!r} of a batch is one name for all its examples, got {task!r}")
+    return task
 
 
 def positional(batch: Batch) -> tuple[Any, ...]:
@@ -96,39 +195,71 @@ def batch_size(batch: Batch) -> int:
         >>> batch_size({"input_ids": torch.zeros(4, 7)})
         4
     """
-    for tensor in _tensors(batch):
-        if tensor.ndim:
-            return tensor.shape[0]
-    raise ValueError(f"a batch with {sorted(batch)} holds no tensor of examples")
+    size = next(_sizes(batch), None)
+    if size is None:
+        raise ValueError(f"a batch with {sorted(batch)} holds no tensor of examples")
+    return size
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor of a batch, those for all models first."""
-    if isinstance(value, Tensor):
-        yield value
+def _sizes(value: Any) -> Iterator[int]:
+    """How many examples every entry of a batch holds, those for all models first."""
+    if isinstance(value, (Tensor, Sparse)):
+        if value.ndim:
+            yield value.shape[0]
+    elif is_texts(value):
+        yield len(value)
     elif isinstance(value, Mapping):
         for inner in sorted(value.values(), key=lambda v: isinstance(v, Mapping)):
-            yield from _tensors(inner)
+            yield from _sizes(inner)
     elif isinstance(value, (tuple, list)):
         for inner in value:
-            yield from _tensors(inner)
+            yield from _sizes(inner)
 
 
-def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Apply a function to every tensor of examples in a batch and its parts."""
+def map_tensors(
+    batch: Batch, change: Callable[[Tensor], Tensor], texts: Callable[[list[str]], list[str]] = list
+) -> dict[str, Any]:
+    """Apply a function to every tensor of examples in a batch and its parts, and another one to lists of texts."""
 
     def visit(value: Any) -> Any:
         if isinstance(value, Tensor):
             return change(value)
-        if isinstance(value, Sparse):
-            return value.map(change)
-        if isinstance(value, (tuple, list)) and not is_texts(value):
+        if is_texts(value):
+            return texts(value)
+        if is_dataclass(value) and not isinstance(value, type):  # a `Sparse`, or the output of a model
+            return replace(value, **{f.name: visit(getattr(value, f.name)) for f in fields(value) if f.init})
+        if isinstance(value, tuple) and type(value) is not tuple:  # a named tuple
+            return type(value)(*map(visit, value))
+        if isinstance(value, (tuple, list)):
             return tuple(visit(v) for v in value)
         if isinstance(value, Mapping):
-            return map_tensors(value, change)
+            return map_tensors(value, change, texts)
         return value
 
     return {key: visit(value) for key, value in batch.items()}
+
+
+def collated(examples: list[Any]) -> Any:
+    """Make a batch of examples as PyTorch does, also of sparse targets and of what transformers models return.
+
+    Example:
+        >>> batch = collated([{"x": torch.tensor(1.0), "teacher_cache": {"logits": torch.zeros(3)}}] * 2)
+        >>> batch["teacher_cache"]["logits"].shape
+        torch.Size([2, 3])
+    """
+    return collate(examples, collate_fn_map={**default_collate_fn_map, Sparse: _sparse, Mapping: _mappings})
+
+
+def _sparse(examples: Sequence[Sparse], **_: Any) -> Sparse:
+    first = examples[0]
+    names = [f.name for f in fields(first) if isinstance(getattr(first, f.name), Tensor)]
+    columns: dict[str, Any] = {name: torch.stack([getattr(one, name) for one in examples]) for name in names}
+    return replace(first, **columns)
+
+
+def _mappings(examples: Sequence[Batch], **options: Any) -> dict[str, Any]:
+    """A plain dict, of whatever kind of mapping: those of transformers cannot be filled."""
+    return {key: collate([one[key] for one in examples], **options) for key in examples[0]}
 
 
 def rows(batch: Batch, start: int, stop: int) -> dict[str, Any]:
@@ -142,18 +273,22 @@ def rows(batch: Batch, start: int, stop: int) -> dict[str, Any]:
 
 
 def take(batch: Batch, places: Sequence[int]) -> dict[str, Any]:
-    """Some examples of a batch: of its tensors, and of its lists of texts.
+    """Some examples of a batch and its parts: of its tensors, and of its lists of texts.
 
     Example:
         >>> take({"x": torch.arange(3), "text": ["a", "b", "c"]}, [2, 0])
         {'x': tensor([2, 0]), 'text': ['c', 'a']}
     """
+    _check_parts(batch, parts_of(batch))
     size = batch_size(batch)
     chosen = [range(size)[place] for place in places if place < size]
     together = not chosen or chosen == list(range(chosen[0], chosen[0] + len(chosen)))
     index = slice(chosen[0], chosen[0] + len(chosen)) if chosen and together else chosen
-    taken = map_tensors(batch, lambda t: t[index] if t.ndim and t.shape[0] == size else t)
-    return taken | {key: [value[i] for i in chosen] for key, value in batch.items() if is_texts(value)}
+    return map_tensors(
+        batch,
+        lambda t: t[index] if t.ndim and t.shape[0] == size else t,
+        lambda texts: [texts[i] for i in chosen],
+    )
 
 
 def is_texts(value: Any) -> bool:

@@ -105,8 +105,13 @@ def distill(
     data: Annotated[str | None, typer.Option(help="Folder or file; by default the hub.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text column of a table; twice for pairs.")] = None,
     label: Annotated[str | None, typer.Option(help="Label column of a table.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Folder, hub id, or package.module:function.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Folder, hub id, package.module:function, or cache:DIR.")
+    ] = None,
     student: Annotated[str | None, typer.Option(help="layers:1,3,5 of the teacher, or a model.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Where what the teacher says is remembered: off, memory or a folder.")
+    ] = None,
     out: Out = None,
     changes: Set = None,
     seeds: Seeds = None,
@@ -120,6 +125,7 @@ def distill(
         "task": {key: value for key, value in chosen.items() if value},
         "teacher": {} if teacher is None else {"model": teacher},
         "student": student or {},
+        "cache": {} if cache is None else {"place": cache},
     }
     if recipe is None and (task is None or teacher is None or student is None):
         raise ValueError("name a recipe, or --task, --teacher and --student; see: limbeck distill --help")

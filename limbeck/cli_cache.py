@@ -15,6 +15,30 @@ Folder = Annotated[Path, typer.Argument(help="A folder that a recipe named as it
 
 
 @app.command()
+def build(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, in YAML; a run's folder has its own.")],
+    out: Annotated[Path, typer.Option(help="The folder for the signals, new or begun before.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: cache.dtype=fp16.")
+    ] = None,
+    retrain: Annotated[bool, typer.Option(help="Fine-tune the teacher anew.")] = False,
+) -> None:
+    """Ask a recipe's teacher about all training examples, once; runs then take it as --teacher cache:DIR."""
+    from limbeck.building import build_cache
+    from limbeck.progress import ConsoleObserver
+    from limbeck.recipe import Recipe
+
+    with ConsoleObserver(console) as observer:
+        built = build_cache(Recipe.load(recipe, changes or []), out, retrain=retrain, observer=observer)
+    if not built.is_main:
+        return
+    console.print(
+        f"{out}: {built.examples:,} examples, {built.bytes:,} bytes; the teacher ran for {built.computed:,} now",
+        highlight=False,
+    )
+
+
+@app.command()
 def info(folder: Folder) -> None:
     """Say what is kept, of which teacher, and how large it is."""
     from limbeck.cache import Store, read_manifest

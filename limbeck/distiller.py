@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.batch import as_batch, from_call, rows, view
-from limbeck.objective import Objective, PlannedTerm, in_term, where
+from limbeck.batch import as_batch, as_call, from_call, rows, view
+from limbeck.objective import Objective, PlannedTerm, check_same_tokens, in_term, where
+from limbeck.pretrained import check_same_labels
 from limbeck.registry import nearest
 from limbeck.stopwatch import Stopwatch
 from limbeck.taps import Read, Recorder, Tap, read_output, resolve
 from limbeck.teachers import (
+    ByTask,
     Cached,
     Given,
     ModuleInputs,
@@ -25,6 +27,7 @@ from limbeck.teachers import (
     TeacherLike,
     as_teacher,
     record,
+    within,
 )
 from limbeck.terms import Term
 from limbeck.types import STUDENT, TEACHER, TEACHER_CACHE, Batch, Output, Signal
@@ -37,10 +40,14 @@ class Distiller(nn.Module):
     call *is* the student. The teacher is no submodule: it is not in ``parameters()`` nor in the state dict, and
     nothing saves, moves or synchronises it with the student.
 
+    A student may learn several tasks: each batch then names its own (``"task": "rte"``), only the terms of this
+    task count, and only its teacher is asked. The first batch of each task is checked.
+
     Args:
         student: Any module.
         teacher: A module, a function that makes one, ``(class, args, kwargs)``, the path or hub id of a
-            transformers model, any `Teacher`; or None where all terms read labels (plain training).
+            transformers model, any `Teacher`; one of these for each task, ``{"rte": ..., "mnli": ...}``; or None
+            where all terms read labels (plain training).
         terms: What is to be learned, each term under a name of its own.
         balance: How the terms become one loss, by name or as ``{"kind": name, **options}``: ``"static"``,
             ``"uncertainty"``, ``"matched_scale"``, ``"gradient_norm"``.
@@ -77,14 +84,13 @@ class Distiller(nn.Module):
         self.teacher = None if teacher is None else as_teacher(teacher, teacher_read or read)
         _check_apart(student, self.teacher)
         self.objective = Objective(terms, balance, self._borrow)
-        self.wants = tuple(dict.fromkeys(tap for t in terms if not t.reads_labels for tap in t.teacher_taps))
         self.teacher_watch = Stopwatch()
         self.read, self.teacher_read = read, teacher_read or read
         self._call = ModuleInputs(student)
-        self._recorder = Recorder(student, self._student_taps(), read)
+        self._recorders = self._recorder_of_each_task()
         self._compiled_before = student._compiled_call_impl
-        self._checked = False
-        self._gradients_checked = False
+        self._checked: set[str | None] = set()
+        self._gradients_checked: set[str | None] = set()
         self._check_offers()
         if sample is not None:
             self.preflight(sample)
@@ -112,9 +118,9 @@ class Distiller(nn.Module):
             An `Output` in training mode, whatever the student returns in eval mode.
         """
         if not self.training:
-            return self._call.alone(inputs, view(named, STUDENT))
+            return self._call.alone(*as_call(inputs, named, STUDENT))
         batch = from_call(inputs, named)
-        if not self._checked:
+        if self.objective.task(batch) not in self._checked:
             self.preflight(batch)
         return self.distil(batch, counts, progress, measure)
 
@@ -127,9 +133,11 @@ class Distiller(nn.Module):
     ) -> Output:
         """One step up to the loss, whatever the mode; `forward` in training mode."""
         teacher, own = self._teach(batch), view(batch, STUDENT)
-        output, seen = record(self._recorder, lambda **extra: self._call(own, **extra))
+        task = self.objective.task(batch)
+        output, seen = record(self._recorder(task), lambda **extra: self._call(own, **extra))
         student = Signal(seen)
-        self._check_gradients(student)
+        self._check_gradients(student, task)
+        self._check_tokens(batch, own, student, teacher)
         measured = tuple(self.student.parameters()) if measure else None
         result: Output = self.objective(student, teacher or _detached(student), own, counts, progress, measured)
         if counts is None and self.training:  # a whole step; of a part, the backend tells when all are there
@@ -140,6 +148,11 @@ class Distiller(nn.Module):
     def terms(self) -> tuple[Term, ...]:
         """The terms of the objective."""
         return self.objective.terms
+
+    @property
+    def wants(self) -> tuple[str, ...]:
+        """All that the terms read of the teacher."""
+        return _read_of_teacher(self.terms)
 
     def count(self, batch: Any) -> dict[str, float]:
         """Count the valid positions of a batch, for each mask that a term may use.
@@ -157,7 +170,7 @@ class Distiller(nn.Module):
     def preflight(self, batch: Any) -> list[PlannedTerm]:
         """Check everything on two examples, size the projections, and say what each term will do.
 
-        It happens by itself on the first batch in training mode, and at the start of `fit`.
+        It happens by itself on the first batch (of each task) in training mode, and at the start of `fit`.
 
         Nothing is trained and no running statistics move. Only new projections draw random numbers.
 
@@ -168,25 +181,32 @@ class Distiller(nn.Module):
         batch = rows(as_batch(batch), 0, 2)
         with self._looking():
             teacher, own = self._teach(batch), view(batch, STUDENT)
-            _, seen = record(self._recorder, lambda **extra: self._call(own, **extra))
+            task = self.objective.task(batch)
+            _, seen = record(self._recorder(task), lambda **extra: self._call(own, **extra))
+            self._check_tokens(batch, own, Signal(seen), teacher)
             plan = self.objective.plan(Signal(seen), teacher or _detached(Signal(seen)), own)
-        self._checked = True
+        self._checked.add(task)
         return plan
 
     @property
     def teacher_examples(self) -> int | None:
-        """Examples that the teacher was run for, where it remembers; None where it is run for every batch."""
-        return self.teacher.computed if isinstance(self.teacher, Cached) else None
+        """Examples that teachers were run for, of those that remember; None where none does."""
+        remembering = self._remembering()
+        return sum(cached.computed for cached in remembering) if remembering else None
 
     @teacher_examples.setter
     def teacher_examples(self, count: int | None) -> None:
-        if isinstance(self.teacher, Cached) and count is not None:
-            self.teacher.computed = count
+        remembering = self._remembering()
+        if remembering and count is not None:
+            remembering[0].computed += count - sum(cached.computed for cached in remembering)
 
     def keep(self) -> None:
         """Bring to disk what the teacher remembers, so that a resumed training finds it as it was."""
-        if isinstance(self.teacher, Cached):
-            self.teacher.store.flush()
+        for cached in self._remembering():
+            cached.store.flush()
+
+    def _remembering(self) -> list[Cached]:
+        return [teacher for teacher in within(self.teacher) if isinstance(teacher, Cached)]
 
     @property
     def teacher_seconds(self) -> float:
@@ -208,30 +228,37 @@ class Distiller(nn.Module):
 
     def compile_student(self, **options: Any) -> None:
         """Compile the student in place with `torch.compile`; its taps go on working and `export` undoes it."""
-        self._recorder.pin()
+        for recorder in self._recorders.values():
+            recorder.pin()
         self._compiled_before = self.student._compiled_call_impl
         self.student.compile(**options)
 
     def export(self) -> nn.Module:
         """Give back the student: the object that went in, without hooks, teacher, projections or compilation."""
-        self._recorder.unpin()
+        for recorder in self._recorders.values():
+            recorder.unpin()
         self.student._compiled_call_impl = self._compiled_before
         return self.student
 
     def _teach(self, batch: Batch) -> Signal | None:
         """What the teacher says; None where the student is its own."""
-        if self.teacher is None or not self.wants:
+        wants = _read_of_teacher(self.objective.active(batch))
+        if self.teacher is None or not wants:
             return Signal({})
         if isinstance(self.teacher, Self):
             return None
         with self.teacher_watch:
             if TEACHER_CACHE in batch:
-                return Given(self.teacher_read).signal(batch, self.wants)
-            return self.teacher.signal(view(batch, TEACHER), self.wants)
+                return Given(self.teacher_read).signal(batch, wants)
+            return self.teacher.signal(view(batch, TEACHER), wants)
 
-    def _borrow(self, path: str) -> nn.Module:
+    def _teacher_of(self, task: str | None) -> Teacher | None:
+        """The teacher whom the terms of a task ask."""
+        return self.teacher.of(task) if isinstance(self.teacher, ByTask) and task is not None else self.teacher
+
+    def _borrow(self, path: str, task: str | None) -> nn.Module:
         """A part of the teacher, for a loss that passes the student's features through it."""
-        live = _live(self.teacher)
+        live = _live(self._teacher_of(task))
         if live is None:
             raise ValueError(
                 f"the loss needs the teacher's {path!r}, and the teacher is no module in this process"
@@ -248,9 +275,21 @@ class Distiller(nn.Module):
         logits: Tensor | None = read_output(output, self.read).get("logits")
         return logits
 
-    def _student_taps(self) -> dict[str, Tap]:
+    def _recorder(self, task: str | None) -> Recorder:
+        return self._recorders.get(task, self._recorders[None])
+
+    def _recorder_of_each_task(self) -> dict[str | None, Recorder]:
+        """One for each task, since what others read need not run; under None what is read for all tasks."""
+        made: dict[tuple[str, ...], Recorder] = {}
+        found: dict[str | None, Recorder] = {}
+        for task in (None, *self.objective.tasks):
+            taps = self._student_taps(t for t in self.terms if t.task in (None, task))
+            found[task] = made.setdefault(tuple(taps), Recorder(self.student, taps, self.read))
+        return found
+
+    def _student_taps(self, terms: Iterable[Term]) -> dict[str, Tap]:
         taps: dict[str, Tap] = {}
-        for term in self.terms:
+        for term in terms:
             own = (
                 term.taps
                 if term.reads_labels or not isinstance(self.teacher, Self)
@@ -264,26 +303,43 @@ class Distiller(nn.Module):
         for term in self.terms:
             if term.reads_labels:
                 continue
-            if self.teacher is None:
+            with in_term(term):
+                teacher = self._teacher_of(term.task)
+            if teacher is None:
                 raise ValueError(f"{where(term)} needs a teacher, and there is none")
-            missing = next((tap for tap in term.teacher_taps if not self.teacher.offers(tap)), None)
+            missing = next((tap for tap in term.teacher_taps if not teacher.offers(tap)), None)
             if missing is not None:
-                hint = nearest(missing, self.teacher.names())
+                hint = nearest(missing, teacher.names())
                 raise ValueError(f"{where(term)}: the teacher has no {missing!r}; {hint}")
 
-    def _check_gradients(self, student: Signal) -> None:
+        live, named = _live(self.teacher), self.read or self.teacher_read
+        if live is not None and not named and any("logits" in t.teacher_taps for t in self.terms):
+            check_same_labels(self.student, live.module)
+
+    def _check_tokens(self, batch: Batch, own: Batch, student: Signal, teacher: Signal | None) -> None:
+        """Refuse terms by token where both models were given inputs of their own, of other tokens."""
+        if teacher is not None and TEACHER in batch:
+            terms = self.objective.active(batch)
+            check_same_tokens(terms, student, teacher, own, view(batch, TEACHER))
+
+    def _check_gradients(self, student: Signal, task: str | None) -> None:
         """Refuse, once, a tap that silently gives no gradient, as reentrant activation checkpointing does."""
-        if self._gradients_checked or not torch.is_grad_enabled():
+        if task in self._gradients_checked or not torch.is_grad_enabled():
             return
         modules = dict(self.student.named_modules())
-        for text, tap in self._recorder.taps.items():
+        for text, tap in self._recorder(task).taps.items():
             trains = any(p.requires_grad for p in modules[tap.module or ""].parameters())
             if trains and text != "logits" and not student[text].requires_grad:
                 raise ValueError(
                     f"tap {text!r} carries no gradient, although its module trains; "
                     "under activation checkpointing set use_reentrant=False"
                 )
-        self._gradients_checked = True
+        self._gradients_checked.add(task)
+
+
+def _read_of_teacher(terms: Iterable[Term]) -> tuple[str, ...]:
+    """The places where terms read the teacher, each once."""
+    return tuple(dict.fromkeys(tap for t in terms if not t.reads_labels for tap in t.teacher_taps))
 
 
 def _detached(student: Signal) -> Signal:
@@ -299,6 +355,7 @@ def _live(teacher: Teacher | None) -> ModuleTeacher | None:
 
 def _check_apart(student: nn.Module, teacher: Teacher | None) -> None:
     """A teacher is frozen, and a student that shares weights with it would be, too."""
-    live = _live(teacher)
-    if live is not None and {id(p) for p in student.parameters()} & {id(p) for p in live.module.parameters()}:
-        raise ValueError("student and teacher share weights; pass copy.deepcopy(teacher) as the teacher")
+    own = {id(parameter) for parameter in student.parameters()}
+    for live in within(teacher):
+        if isinstance(live, ModuleTeacher) and not own.isdisjoint(id(p) for p in live.module.parameters()):
+            raise ValueError("student and teacher share weights; pass copy.deepcopy(teacher) as the teacher")

@@ -175,7 +175,7 @@ def agreement(bootstrap: Bootstrap, teacher: Array, student: Sequence[Array]) ->
 
 def measure_speed(
     models: Mapping[str, nn.Module],
-    data: Examples,
+    data: Examples | Mapping[str, Examples],
     *,
     batch_size: int,
     repeats: int = 30,
@@ -186,8 +186,8 @@ def measure_speed(
     The models take turns on every batch, so that a machine that slows down slows all of them.
 
     Args:
-        models: The models by name, all taking the same inputs.
-        data: Where the batches come from.
+        models: The models by name.
+        data: Where the batches come from; by name, where the models do not take the same inputs.
         batch_size: Examples in a batch.
         repeats: Timed rounds.
         warmup: Rounds before that.
@@ -201,14 +201,16 @@ def measure_speed(
         >>> measured["a"].low <= measured["a"].value <= measured["a"].high
         True
     """
-    size = min(batch_size, len(data))
+    own = data if isinstance(data, Mapping) else dict.fromkeys(models, data)
+    count = min(len(examples) for examples in own.values())
+    size = min(batch_size, count)
     calls = {name: ModuleInputs(model.eval()) for name, model in models.items()}
     devices = {name: next(m.parameters()).device for name, m in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(warmup + repeats):
-        start = (turn * size) % max(1, len(data) - size + 1)
-        batch = data.batch(range(start, start + size))
+        start = (turn * size) % max(1, count - size + 1)
         for name, call in calls.items():
+            batch = own[name].batch(range(start, start + size))
             seconds = _time(call, to_device(batch, devices[name]))
             if turn >= warmup:
                 times[name].append(seconds)

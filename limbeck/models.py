@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from limbeck.pretrained import UNREADABLE, first_line, most_tokens, quiet_transformers
+from limbeck.encodings import Encoded
+from limbeck.pretrained import UNREADABLE, first_line, quiet_transformers
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.registry import check_options, import_object
 from limbeck.students.depth import take_layers
@@ -23,7 +24,6 @@ from limbeck.tasks import Loaded, Task
 from limbeck.tasks.networks import named_network
 from limbeck.tasks.pictures import PictureTask
 from limbeck.tasks.pixels import Pixels
-from limbeck.train import Examples
 from limbeck.train.checkpoint import load_weights, save_weights
 
 STORE = Path("~/.cache/limbeck")
@@ -70,53 +70,52 @@ def is_function(source: str) -> bool:
     return ":" in source and not Path(source).exists()
 
 
-def make_student(spec: StudentSpec, task: Task, teacher: Loaded, seed: int) -> nn.Module:
+def make_student(spec: StudentSpec, task: Task, teacher: Loaded, seed: int) -> Loaded:
     """Make the student: layers of the teacher, or a model of its own. The same seed gives the same start.
 
+    Its processor is the very object that the teacher has, unless its tokenizer knows other tokens.
+
     Raises:
-        ValueError: no such layers, nothing to load, or a student that reads other tokens than its teacher.
+        ValueError: no such layers, nothing to load, or a student that reads other images than its teacher.
     """
     if spec.layers is not None:
-        student: nn.Module = take_layers(teacher.model, spec.layers, spec.path).requires_grad_(True)
-        return student
+        student = take_layers(teacher.model, spec.layers, spec.path).requires_grad_(True)
+        return Loaded(student, teacher.processor, head_is_trained=False)
     assert spec.model is not None
     loaded = load_model(task, spec.model, spec.options, seed, teacher.processor)
-    _check_same_inputs(loaded.processor, teacher.processor, spec.model)
-    return loaded.model
+    _check_same_images(loaded.processor, teacher.processor, spec.model)
+    if _vocabulary(loaded.processor) == _vocabulary(teacher.processor):
+        return replace(loaded, processor=teacher.processor)
+    return loaded
 
 
-def _check_same_inputs(student: Any, teacher: Any, source: str) -> None:
-    """Refuse a student that reads other inputs than its teacher."""
-    if isinstance(student, Pixels) and isinstance(teacher, Pixels):
-        if student != teacher:
-            raise ValueError(
-                f"the student {source} reads images as {student}, and the teacher as {teacher}; copy the "
-                "teacher's preprocessor_config.json to the student, which will be trained on such images"
-            )
-    elif _vocabulary(student) != _vocabulary(teacher):
+def _check_same_images(student: Any, teacher: Any, source: str) -> None:
+    """Refuse a student that reads images otherwise than its teacher: both see them augmented alike."""
+    if isinstance(student, Pixels) and isinstance(teacher, Pixels) and student != teacher:
         raise ValueError(
-            f"the student {source} reads other tokens than the teacher; take a student with its tokenizer"
+            f"the student {source} reads images as {student}, and the teacher as {teacher}; copy the "
+            "teacher's preprocessor_config.json to the student, which will be trained on such images"
         )
 
 
 def _vocabulary(processor: Any) -> dict[str, int]:
     """A tokenizer's tokens by number; none where inputs need no tokenizer."""
-    return {} if processor is None else dict(processor.get_vocab())
+    return {} if processor is None or isinstance(processor, Pixels) else dict(processor.get_vocab())
 
 
-def check_lengths(models: Mapping[str, nn.Module], data: Mapping[str, Examples]) -> None:
+def check_lengths(limits: Mapping[str, int | None], data: Encoded) -> None:
     """Refuse texts that are longer than a model can read.
 
     Args:
-        models: By role, ``"teacher"`` and ``"student"``.
-        data: The encoded examples by split.
+        limits: The most tokens that a model reads, by role, ``"teacher"`` and ``"student"``; None for no limit.
+        data: The encoded examples.
 
     Raises:
         ValueError: the message names the length to set.
     """
-    longest = max((length for examples in data.values() for length in examples.lengths or ()), default=0)
-    for role, model in models.items():
-        most = most_tokens(model)
+    for role, most in limits.items():
+        encoded = data.by_role(role).values()
+        longest = max((length for examples in encoded for length in examples.lengths or ()), default=0)
         if most is not None and longest > most:
             raise ValueError(
                 f"the {role} reads at most {most} tokens, and the longest text has {longest}; "

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from limbeck.balance import build_balance, gradient_products
-from limbeck.batch import ATTENTION_MASK, batch_size, mask_key, valid_positions
-from limbeck.losses.call import Side, compare_valid
+from limbeck.balance import Balance, build_balance, chosen, gradient_products
+from limbeck.batch import ATTENTION_MASK, batch_size, mask_key, task_of, valid_positions
+from limbeck.losses.call import Side, Target, compare_valid
 from limbeck.projectors import Projector, build_projector
 from limbeck.reduce import fitting, masked_mean
 from limbeck.registry import nearest
 from limbeck.terms import Term
-from limbeck.types import EXAMPLE_ID, LABELS, Batch, Output, Signal
+from limbeck.types import EXAMPLE_ID, LABELS, Batch, Output, Signal, Sparse
 
 EXAMPLES, LOGITS, IGNORE = "examples", "logits", "ignore_index"
 
-Borrow = Callable[[str], nn.Module]
-"""Finds a module of the teacher by its path."""
+Borrow = Callable[[str, str | None], nn.Module]
+"""Finds a module of the teacher by its path; of one task's teacher, where the second names a task."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,12 @@ class Objective(nn.Module):
         balance: See `limbeck.balance.build_balance`.
         borrow: Finds a part of the teacher by its path, for losses that ask for one.
 
+    Attributes:
+        tasks: The tasks that terms are for; empty where all terms are for every batch.
+
     Raises:
-        ValueError: no term, two of one name, or a part that the teacher does not have.
+        ValueError: no term, two of one name, a balance that needs all terms in each step although some are for
+            one task alone, or a part that the teacher does not have.
         TypeError: terms that are no list of `Term`.
     """
 
@@ -79,10 +83,30 @@ class Objective(nn.Module):
         )
         self.balance_spec = balance
         self.balance = build_balance(balance, [t.name for t in terms])
+        self.tasks = tuple(dict.fromkeys(t.task for t in terms if t.task is not None))
+        _check_several(self.balance, balance, self.tasks)
         self._borrowed: dict[str, dict[str, nn.Module]] = {}
         for term in terms:
             with in_term(term):
-                self._borrowed[term.name] = {name: borrow(path) for name, path in term.borrowed.items()}
+                self._borrowed[term.name] = {name: borrow(path, term.task) for name, path in term.borrowed.items()}
+
+    def task(self, batch: Batch) -> str | None:
+        """The task of a batch; None where all terms are for every batch, whatever its task.
+
+        Raises:
+            ValueError: the batch names no task, or one that no term is for.
+        """
+        if not self.tasks:
+            return None
+        task = task_of(batch)
+        if task not in self.tasks and all(t.task is not None for t in self.terms):
+            raise ValueError(f"no term is for the batch's task {task!r}; {nearest(task, self.tasks)}")
+        return task
+
+    def active(self, batch: Batch) -> tuple[Term, ...]:
+        """The terms that a batch counts for: those of its task, and those of all."""
+        task = self.task(batch)
+        return tuple(t for t in self.terms if t.task in (None, task))
 
     def forward(
         self,
@@ -103,20 +127,22 @@ class Objective(nn.Module):
             progress: Where training is, from 0 to 1; needed where anything is scheduled.
             measured: Parameters in which each term's gradient is to be measured; None for no measurement.
         """
-        values = {t.name: self._value(t, student, teacher, batch, counts, progress) for t in self.terms}
+        active = self.active(batch)
+        values = {t.name: self._value(t, student, teacher, batch, counts, progress) for t in active}
         products = None if measured is None else gradient_products(tuple(values.values()), measured)
         weights = [t.weight_at(progress) for t in self.terms]
-        weighted = [w * v for w, v in zip(weights, values.values(), strict=True)]
-        factors, penalty, shown = self.balance.factors(), self.balance.penalty(), weights
+        places = [i for i, t in enumerate(self.terms) if t.name in values]
+        weighted = [weights[i] * v for i, v in zip(places, values.values(), strict=True)]
+        factors, penalty, shown = self.balance.factors(), self.balance.penalty(places), weights
         if factors is None:
             loss = torch.stack(weighted).sum()
         else:
-            loss = (torch.stack(weighted) * factors).sum()
+            loss = (torch.stack(weighted) * chosen(factors, places)).sum()
             shown = [w * factor for w, factor in zip(weights, factors.detach(), strict=True)]
         if penalty is not None:
             loss = loss + penalty * (1.0 if counts is None else batch_size(batch) / counts[EXAMPLES])
         found = {name: value.detach() for name, value in values.items()}
-        return Output(loss, None, found, dict(zip(values, shown, strict=True)), products)
+        return Output(loss, None, found, {t.name: w for t, w in zip(self.terms, shown, strict=True)}, products)
 
     def observe(self, values: Mapping[str, Tensor], products: Tensor | None) -> None:
         """Let the balance take notice of a whole step.
@@ -125,6 +151,8 @@ class Objective(nn.Module):
             values: The unweighted terms of the step, over all its parts.
             products: Dot products of their gradients, where they were measured.
         """
+        if not self.balance.observes:
+            return
         norms = None if products is None else products.diagonal().clamp_min(0).sqrt()
         self.balance.observe(torch.stack([values[t.name] for t in self.terms]), norms)
 
@@ -135,7 +163,7 @@ class Objective(nn.Module):
             mask = valid_positions(batch, key)
             if mask is not None:
                 counts[key] = float(mask.sum())
-        for term in self.terms:
+        for term in self.active(batch):
             own = _ignored(term)
             if own is not None:
                 counts[own] = float((_labels(batch) != term.comparison.options[IGNORE]).sum())
@@ -147,7 +175,7 @@ class Objective(nn.Module):
         Raises:
             ValueError: shapes that do not match, or a term that is not finite.
         """
-        return [self._plan(term, student, teacher, batch) for term in self.terms]
+        return [self._plan(term, student, teacher, batch) for term in self.active(batch)]
 
     def _plan(self, term: Term, student: Signal, teacher: Signal, batch: Batch) -> PlannedTerm:
         with in_term(term):
@@ -191,7 +219,7 @@ class Objective(nn.Module):
             count = None if counts is None else counts[EXAMPLES if mask is None else str(key)]
             return masked_mean(values, mask, count)
 
-    def _supplied(self, term: Term, read: Side, target: Side, batch: Batch) -> dict[str, Any]:
+    def _supplied(self, term: Term, read: Side, target: Target, batch: Batch) -> dict[str, Any]:
         """What the loss may ask for beside the two sides and the mask."""
         supplied: dict[str, Any] = {**self._learned(term, read, target), **self._borrowed[term.name]}
         supplied[LABELS] = batch.get(LABELS)
@@ -199,7 +227,7 @@ class Objective(nn.Module):
             supplied[EXAMPLE_ID] = _entry(batch, EXAMPLE_ID)
         return supplied
 
-    def _learned(self, term: Term, read: Side, target: Side) -> dict[str, nn.Module]:
+    def _learned(self, term: Term, read: Side, target: Target) -> dict[str, nn.Module]:
         if not term.learned:
             return {}
         modules = self.learned[_key(term)]
@@ -208,23 +236,74 @@ class Objective(nn.Module):
             _ensure_sized(module, read, target)
         return dict(modules.items())
 
-    def _project(self, term: Term, read: Side, target: Side) -> Side:
+    def _project(self, term: Term, read: Side, target: Target) -> Side:
         if term.project is None:
             return read
+        if isinstance(target, Sparse):
+            raise ValueError(
+                "nothing can be projected to targets that hold only some of the teacher's logits "
+                f"({type(target).__name__}); drop project={term.project!r}"
+            )
         projector = self.projections[_key(term)]
         _ensure_sized(projector, read, target)
         projected: Side = projector(read, _sizes(target))
         return projected
 
 
-def _ensure_sized(module: nn.Module, read: Side, target: Side) -> None:
+def _check_several(balance: Balance, spec: str | Mapping[str, Any], tasks: Sequence[str]) -> None:
+    if tasks and balance.every_term:
+        kind = spec if isinstance(spec, str) else spec["kind"]
+        raise ValueError(
+            f"balance {kind!r} needs all terms in each step, and some are for task {tasks[0]!r} alone; "
+            "use 'static' or 'uncertainty'"
+        )
+
+
+def check_same_tokens(terms: Sequence[Term], student: Signal, teacher: Signal, own: Batch, theirs: Batch) -> None:
+    """Refuse to compare token by token what two models were given in different tokens.
+
+    Args:
+        terms: The terms.
+        student: What was read of the student.
+        teacher: What was read of the teacher.
+        own: The batch as the student is given it; with that of the teacher, it tells by the attention masks.
+        theirs: The batch as the teacher is given it.
+
+    Raises:
+        ValueError: a term reads both models by token, and the masks differ. (Of masks of one shape an accelerator
+            is not asked, since it would have to wait.)
+    """
+    ours, its = own.get(ATTENTION_MASK), theirs.get(ATTENTION_MASK)
+    if not (isinstance(ours, Tensor) and isinstance(its, Tensor) and ours.ndim == its.ndim == 2):
+        return
+    if ours.shape == its.shape and (ours.device.type != "cpu" or torch.equal(ours, its)):
+        return
+    for term in terms:
+        reads_tokens = not term.reads_labels and any(_by_token(student[tap], ours) for tap in term.taps)
+        if reads_tokens and any(_by_token(teacher[tap], its) for tap in term.teacher_taps):
+            raise ValueError(
+                f"{where(term)} compares token by token, and the two models are given different tokens (up to "
+                f"{ours.shape[1]} and {its.shape[1]} here), as two tokenizers make them of one text; compare the "
+                "logits or one vector of each text (the input of the last layer, say), or take a student with the "
+                "teacher's tokenizer"
+            )
+
+
+def _by_token(value: Any, mask: Tensor) -> bool:
+    """Whether a value has the positions of a mask (B, L): (B, L, ...) or, between tokens, (B, heads, L, L)."""
+    shape = tuple(value.shape)
+    between = len(shape) == 4 and shape[2] == shape[3] == mask.shape[1]
+    return between or (len(shape) > 2 and shape[:2] == tuple(mask.shape))
+
+
+def _ensure_sized(module: nn.Module, read: Side, target: Target) -> None:
     assert isinstance(module, Projector)
     if not module.sized:
         module.size(_sizes(read), _sizes(target))
         module.to(device=_first(read).device)
 
 
-def _sides(term: Term, student: Signal, teacher: Signal, batch: Batch) -> tuple[Side, Side]:
+def _sides(term: Term, student: Signal, teacher: Signal, batch: Batch) -> tuple[Side, Target]:
     """What a term compares: one tensor on each side, or a tuple of them."""
     read = tuple(student[tap] for tap in term.taps)
     target = (_labels(batch),) if term.reads_labels else tuple(teacher[tap] for tap in term.teacher_taps)
@@ -235,11 +314,11 @@ def _first(side: Side) -> Tensor:
     return side[0] if isinstance(side, tuple) else side
 
 
-def _sizes(side: Side) -> Size | tuple[Size, ...]:
+def _sizes(side: Target) -> Size | tuple[Size, ...]:
     return tuple(t.shape for t in side) if isinstance(side, tuple) else side.shape
 
 
-def _shape(side: Side) -> tuple[Any, ...]:
+def _shape(side: Target) -> tuple[Any, ...]:
     return tuple(tuple(t.shape) for t in side) if isinstance(side, tuple) else tuple(side.shape)
 
 

@@ -3,36 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from limbeck.batch import ATTENTION_MASK, valid_positions
+from limbeck.batch import ATTENTION_MASK, valid_positions, view
 from limbeck.matching import layer_flow, match_layers, pool, similarity
 from limbeck.recipe import LayerMatch, Places
 from limbeck.students.depth import count_layers, find_layers
 from limbeck.taps import Recorder, resolve
 from limbeck.teachers import ModuleInputs, record
 from limbeck.terms import Term
-from limbeck.types import Batch
+from limbeck.types import STUDENT, TEACHER, Batch
 
 
-def find_places(student: nn.Module, teacher: nn.Module, path: str | None) -> Places:
-    """The modules of both models, and where both keep their layers, if it can be found."""
-    modules = {
-        "student_modules": tuple(name for name, _ in student.named_modules() if name),
-        "teacher_modules": tuple(name for name, _ in teacher.named_modules() if name),
-    }
+@dataclass(frozen=True)
+class Layers:
+    """What modules a model has, and where its layers are.
+
+    Attributes:
+        modules: The paths of its modules.
+        path: Where it keeps its layers; empty where that cannot be found.
+        count: How many there are.
+    """
+
+    modules: tuple[str, ...]
+    path: str = ""
+    count: int = 0
+
+
+def layers_of(model: nn.Module, path: str | None) -> Layers:
+    """Find a model's layers, at `path` if that is given."""
+    modules = tuple(name for name, _ in model.named_modules() if name)
     try:
-        return Places(
-            student_path=find_layers(student, path),
-            teacher_path=find_layers(teacher, path),
-            student=count_layers(student, path),
-            teacher=count_layers(teacher, path),
-            **modules,
-        )
+        return Layers(modules, find_layers(model, path), count_layers(model, path))
     except ValueError:
+        return Layers(modules)
+
+
+def find_places(student: Layers, teacher: Layers) -> Places:
+    """What terms that are spread over layers have to know of both models."""
+    modules = {"student_modules": student.modules, "teacher_modules": teacher.modules}
+    if not (student.count and teacher.count):
         return Places(**modules)
+    return Places(
+        student_path=student.path,
+        teacher_path=teacher.path,
+        student=student.count,
+        teacher=teacher.count,
+        **modules,
+    )
 
 
 def expose_attention(terms: Iterable[Term], *models: nn.Module) -> None:
@@ -61,9 +82,10 @@ def match_places(
     Returns:
         The places with their matches.
     """
-    batches = list(batches)
-    ours = _layer_features(student, places.student_path, places.student, batches)
-    theirs = _layer_features(teacher, places.teacher_path, places.teacher, batches)
+    batches = list(batches)  # read twice
+    own, its = ([view(batch, side) for batch in batches] for side in (STUDENT, TEACHER))
+    ours = _layer_features(student, places.student_path, places.student, own)
+    theirs = _layer_features(teacher, places.teacher_path, places.teacher, its)
     alike = similarity(ours, theirs)
     flow = layer_flow(alike)
     matches = {}

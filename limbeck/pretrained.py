@@ -187,8 +187,50 @@ def check_labels(config: Any, labels: Sequence[str], source: str) -> None:
     if len(theirs) != max(1, len(labels)) or (named and labels and list(labels) != theirs):
         raise ValueError(
             f"{source} was trained for the labels {theirs}, the task has {list(labels) or 'a number to predict'}; "
-            "use another teacher, or the pretrained model it came from"
+            "use another model, or the pretrained one it came from"
         )
+
+
+def check_same_labels(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse two classifiers whose logits stand for other classes, or for the same ones in another order.
+
+    Models whose classes nobody named, and whose numbers of classes differ, are left alone.
+
+    Raises:
+        ValueError: the message names both sides.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> class Model(nn.Module):
+        ...     def __init__(self, *names):
+        ...         super().__init__()
+        ...         self.config = BertConfig(id2label=dict(enumerate(names)))
+        >>> check_same_labels(Model("no", "yes"), Model("NO", "YES"))
+        >>> try:
+        ...     check_same_labels(Model("no", "yes"), Model("yes", "no"))
+        ... except ValueError as error:
+        ...     print(str(error).partition("; ")[2])
+        pass teacher_read=lambda output: {'logits': output.logits[..., [1, 0]]}
+    """
+    ours, theirs = _class_names(student), _class_names(teacher)
+    folded, other = [name.casefold() for name in ours], [name.casefold() for name in theirs]
+    if len(ours) != len(theirs) or folded == other:
+        return
+    cure = "name them alike in both configs (id2label), in one order, or leave the logits out of the terms"
+    if sorted(folded) == sorted(other):
+        order = [other.index(name) for name in folded]
+        cure = f"pass teacher_read=lambda output: {{'logits': output.logits[..., {order}]}}"
+    raise ValueError(
+        f"the student's classes are {ours} and the teacher's {theirs}, so their logits do not stand for the same; "
+        f"{cure}"
+    )
+
+
+def _class_names(model: nn.Module) -> list[str]:
+    """How a transformers classifier calls its classes; nothing where nobody named them."""
+    names: Any = getattr(getattr(model, "config", None), "id2label", None) or {}
+    found = [str(names[number]) for number in sorted(names)]
+    return [] if all(name.startswith(GENERIC) for name in found) else found
 
 
 def first_line(error: Exception) -> str:

@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from limbeck.plan import Observer, Plan
 from limbeck.report.format import parameters
-from limbeck.run import Observer, Plan
 from limbeck.terms import Term
 from limbeck.train import Callback, State
 
@@ -65,6 +65,7 @@ class ConsoleObserver(Observer):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.begun = False
+        self.counts: dict[str, TaskID] = {}
         self.progress = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(bar_width=24),
@@ -102,6 +103,12 @@ class ConsoleObserver(Observer):
         if name == "evaluation":
             self.progress.stop()
             self.console.print("Measuring scores, intervals and speed ...")
+
+    def on_count(self, name: str, done: int, total: int) -> None:
+        """Move the bar of that name."""
+        if name not in self.counts:
+            self.counts[name] = self.progress.add_task(name, total=total, note="")
+        self.progress.update(self.counts[name], completed=done)
 
     def callbacks(self, stage: str) -> list[Callback]:
         """A bar for the stage, drawn when its training starts: a stage that is done needs none."""

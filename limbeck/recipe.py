@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from limbeck.matching import regex_pairs
 from limbeck.strict import Several, Strict, explain
@@ -25,7 +25,12 @@ LAYERS = "layers"
 MODULES = "modules"
 """The tap of a term that is spread over modules whose names belong together."""
 
-EXAMPLES = {"task": "name: glue/rte", "teacher": "model: PATH", "student": "layers: [1, 3]"}
+EXAMPLES = {
+    "task": "name: glue/rte",
+    "teacher": "model: PATH",
+    "student": "layers: [1, 3]",
+    "cache": "place: memory",
+}
 
 
 class TeacherSpec(Strict):
@@ -84,6 +89,22 @@ class StudentSpec(Strict):
             return cls(layers=tuple(int(n) for n in numbers.split(",")))
         except ValueError:
             raise ValueError(f"{text!r} names no layers; write layers:1,3,5") from None
+
+
+class CacheSpec(Strict):
+    """The ``cache:`` part: whether and where what the teacher says is remembered."""
+
+    place: str = Field(
+        "memory", description="off; memory, for this run; or a folder, which serves the next runs too"
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="in which numbers are kept")
+    gib: float = Field(16.0, gt=0, description="what is held in memory at most; more goes to the disk")
+    shard_mib: float = Field(64.0, gt=0, description="size of the files; a killed process loses one at most")
+
+    @field_validator("place", mode="before")
+    @classmethod
+    def _off_is_no_boolean(cls, place: Any) -> Any:
+        return "off" if place is False else place  # which YAML makes of the plain word
 
 
 class NamePairs(Strict):
@@ -220,9 +241,7 @@ class Recipe(Strict):
     teacher: TeacherSpec
     student: StudentSpec
     terms: dict[str, TermSpec] = Field(default_factory=dict, description="by default those for the task")
-    cache: str = Field("memory", description="what the teacher says is remembered: off, memory, or in this folder")
-    cache_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    cache_gib: float = Field(16.0, gt=0, description="largest size of what is remembered")
+    cache: CacheSpec = Field(default_factory=CacheSpec)
     balance: str | dict[str, Any] = Field(
         "static", description="how terms become one loss: static, uncertainty, matched_scale, gradient_norm"
     )
@@ -365,10 +384,11 @@ def set_value(data: dict[str, Any], change: str) -> None:
         raise ValueError(f"--set {path}: cannot read the value {text!r}") from None
 
 
-WRITTEN_OUT: dict[str, Callable[[str], dict[str, Any]]] = {
+WRITTEN_OUT: dict[str, Callable[[Any], dict[str, Any]]] = {
     "task": lambda name: {"name": name},
     "teacher": lambda model: {"model": model},
     "student": lambda text: StudentSpec.parse(text).model_dump(exclude_none=True, exclude_defaults=True),
+    "cache": lambda place: {"place": place},
 }
 """What stands for a part of a recipe that is one text."""
 
@@ -386,7 +406,7 @@ def spelled_out(source: Mapping[str, Any]) -> dict[str, Any]:
     data: dict[str, Any] = _copied(source)
     for key, write_out in WRITTEN_OUT.items():
         given = data.get(key)
-        if isinstance(given, str):
+        if isinstance(given, str) or given is False:
             data[key] = write_out(given)
         elif given is not None and not isinstance(given, dict):
             raise ValueError(f"{key!r} in the recipe is {given!r}; write keys of its own, such as {EXAMPLES[key]}")

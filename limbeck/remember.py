@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from limbeck.cache import Store, json_digest, module_identity
 from limbeck.objective import PlannedTerm
 from limbeck.recipe import Recipe
 from limbeck.tasks import Loaded
-from limbeck.teachers import Cached, ModuleTeacher, Teacher
+from limbeck.teachers import Cached, Teacher
 from limbeck.teachers.cached import DTYPES
+from limbeck.teaching import LiveTeacher
 from limbeck.train import Examples
 
 OFF, MEMORY = "off", "memory"
@@ -45,17 +44,18 @@ class Memory:
         if self.own is not None:
             shutil.rmtree(self.own, ignore_errors=True)
 
-    def teacher(self, module: nn.Module) -> Teacher:
+    def teacher(self, live: Teacher) -> Teacher:
         """The teacher of a training."""
-        live = ModuleTeacher(module)
         return live if self.store is None else Cached(live, self.store, dtype=self.dtype)
 
 
-def recall(recipe: Recipe, teacher: Loaded, train: Examples, terms: Sequence[PlannedTerm], folder: Path) -> Memory:
+def recall(
+    recipe: Recipe, teacher: LiveTeacher, train: Examples, terms: Sequence[PlannedTerm], folder: Path
+) -> Memory:
     """Decide whether a run remembers its teacher, and open the store.
 
-    It does not where examples are new in every epoch, where the signals are larger than the recipe's
-    ``cache_gib``, and where the recipe says ``cache: off``.
+    It does not where examples are new in every epoch, where the signals fit neither the memory nor the disk, and
+    where the recipe says ``cache: off``.
 
     Args:
         recipe: The recipe.
@@ -67,19 +67,37 @@ def recall(recipe: Recipe, teacher: Loaded, train: Examples, terms: Sequence[Pla
     Raises:
         ValueError: the recipe names a folder that holds signals of another teacher.
     """
-    if recipe.cache == OFF:
+    cache = recipe.cache
+    if cache.place == OFF:
         return Memory(None, "not remembered, by the recipe")
-    if train.augment is not None:
+    if train.augment is not None and train.variants is None:
         return Memory(None, "not remembered: images are augmented anew in every epoch")
-    needed = bytes_needed(terms, train, recipe.cache_dtype)
-    size = f"{needed / 2**20:,.1f} MiB"
-    if needed > recipe.cache_gib * 2**30:
-        return Memory(None, f"not remembered: {size} are more than cache_gib={recipe.cache_gib:g}")
-    own = folder / SIGNALS if recipe.cache == MEMORY else None
-    place = own or Path(recipe.cache).expanduser()
-    store = Store(fingerprint(recipe, teacher), place)
-    where = "for this run" if own else f"in {place}"
-    return Memory(store, f"remembered {where}, about {size}", recipe.cache_dtype, own)
+    needed = bytes_needed(terms, train, cache.dtype)
+    size, budget = f"about {needed / 2**20:,.1f} MiB", int(cache.gib * 2**30)
+    own = folder / SIGNALS if cache.place == MEMORY else None
+    place = own or Path(cache.place).expanduser()
+    on_disk = own is None or needed > budget
+    free = free_bytes(place)
+    if on_disk and needed > free:
+        return Memory(
+            None, f"not remembered: {size} fit neither cache.gib={cache.gib:g} nor the {free:,} bytes free"
+        )
+    store = Store(
+        fingerprint(recipe, teacher.loaded), place, shard_bytes=shard_bytes(recipe) if on_disk else budget
+    )
+    where = f"in {place}" if own is None else "on the disk for this run" if on_disk else "for this run"
+    return Memory(store, f"remembered {where}, {size}", cache.dtype, own)
+
+
+def shard_bytes(recipe: Recipe) -> int:
+    """How much is gathered before it goes to the disk."""
+    return int(recipe.cache.shard_mib * 2**20)
+
+
+def free_bytes(place: Path) -> int:
+    """What a folder that may not exist yet can still hold."""
+    there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free
 
 
 def bytes_needed(terms: Sequence[PlannedTerm], train: Examples, dtype: str) -> int:
@@ -101,7 +119,7 @@ def bytes_needed(terms: Sequence[PlannedTerm], train: Examples, dtype: str) -> i
         if longest and len(shape) >= 3 and longest in shape[1:]:
             cells *= (mean / longest) ** shape[1:].count(longest)
         total += cells
-    return int(len(train) * (16 + total * DTYPES[dtype].itemsize))
+    return int(len(train) * (train.variants or 1) * (16 + total * DTYPES[dtype].itemsize))
 
 
 def fingerprint(recipe: Recipe, teacher: Loaded) -> dict[str, Any]:
@@ -110,7 +128,7 @@ def fingerprint(recipe: Recipe, teacher: Loaded) -> dict[str, Any]:
         **module_identity(teacher.model),
         "tokenizer": json_digest(_vocabulary(teacher.processor)),
         "computed in": recipe.training.precision,
-        "kept in": recipe.cache_dtype,
+        "kept in": recipe.cache.dtype,
     }
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,21 @@ from torch import nn
 
 from limbeck.atomic import write_text
 from limbeck.distiller import Distiller
+from limbeck.encodings import Encoded, encode_for
 from limbeck.evaluate import count_parameters
-from limbeck.models import TeacherStore, check_lengths, fingerprint, load_model, make_student, save_model
-from limbeck.objective import PlannedTerm
-from limbeck.pairing import expose_attention, find_places, match_places
+from limbeck.models import TeacherStore, check_lengths, fingerprint, load_model, save_model
+from limbeck.pairing import expose_attention, find_places, layers_of, match_places
+from limbeck.plan import Observer, Plan
+from limbeck.pretrained import most_tokens
 from limbeck.recipe import LayerMatch, Places, Recipe, plain_terms
 from limbeck.remember import SIGNALS, Memory, recall
 from limbeck.report import Report, write_report
 from limbeck.stage import RESULT, Stage, StageResult
 from limbeck.summary import Summary
 from limbeck.tasks import HOLDOUT, TRAIN, VALIDATION, Loaded, Task, is_regression, make_task
+from limbeck.teaching import KeptTeacher, LiveTeacher, is_kept, teacher_fingerprint
 from limbeck.terms import Term
-from limbeck.train import Callback, Examples, Settings, read_log
+from limbeck.train import Examples, Settings, read_log
 from limbeck.train.data import ExampleBatches
 from limbeck.types import Batch
 
@@ -37,44 +39,6 @@ OWN = (RECIPE, LOG, MADE_BY, REPORT, "report.html", "README.md", "student", "che
 """All that a run writes into its folder, and all that overwriting deletes of it."""
 
 THROUGHPUT_BATCH = 32
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is about to do, as the preflight found it.
-
-    Attributes:
-        task: The task's name.
-        examples: Number of examples by split.
-        terms: What each term reads and is worth.
-        parameters: Number of parameters of teacher and student.
-        steps: Updates of the student's training, and of the teacher's where it is fine-tuned.
-        teacher: What happens with the teacher, in words.
-    """
-
-    task: str
-    examples: dict[str, int]
-    terms: list[PlannedTerm]
-    parameters: dict[str, int]
-    steps: dict[str, int]
-    teacher: str
-
-
-class Observer:
-    """Watches a run; the command line's draws bars. Override what you need."""
-
-    def on_plan(self, plan: Plan) -> None:
-        """The preflight is done; training begins."""
-
-    def on_note(self, text: str) -> None:
-        """Something worth knowing that is no error."""
-
-    def on_stage(self, name: str) -> None:
-        """A stage begins: teacher, baseline-0, student-0, evaluation."""
-
-    def callbacks(self, stage: str) -> list[Callback]:
-        """What watches the training of this stage."""
-        return []
 
 
 def distill(
@@ -146,24 +110,36 @@ class Run:
         folder: Where everything goes.
         observer: What watches.
         command: What was typed.
+        several: Whether this may be one of several processes.
     """
 
-    def __init__(self, recipe: Recipe, task: Task, folder: Path, observer: Observer, command: str) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        task: Task,
+        folder: Path,
+        observer: Observer,
+        command: str = "",
+        several: bool = False,
+    ) -> None:
         self.recipe = recipe
         self.task = task
         self.folder = folder
         self.observer = observer
         self.command = command or f"limbeck distill {folder / RECIPE}"
         self.regression = is_regression(task)
-        self.data: dict[str, Examples] = {}
+        self.data = Encoded({}, {}, Examples([]))
+        self.processor: Any = None
         self.seeds = list(range(recipe.training.seed, recipe.training.seed + recipe.seeds))
-        self.device = _one_device()
+        self.ranks = _processes(several)
+        self.device: torch.device = self.ranks.device
         self.matches: dict[str, LayerMatch] = {}
+        self.teacher: LiveTeacher | KeptTeacher
         self.memory = Memory(None, "")
         self.made_by = {
             "recipe": recipe.model_dump(mode="json"),
             "data": {name: rows.fingerprint() for name, rows in task.splits.items()},
-            "teacher": fingerprint(recipe.teacher.model),
+            "teacher": teacher_fingerprint(recipe.teacher.model),
             "student": recipe.student.model and fingerprint(recipe.student.model),
         }
 
@@ -173,37 +149,80 @@ class Run:
         self.check_folder(overwrite, retrain)
         if not overwrite and (self.folder / REPORT).is_file():
             return Report.load(self.folder)
-        store = TeacherStore(recipe, self.task)
-        teacher, tuned = self.load_teacher(store, retrain)
-        self.data = {name: self.task.encode(rows, teacher.processor) for name, rows in self.task.splits.items()}
-        trained = [p for p in teacher.model.parameters() if p.requires_grad]  # before the plan freezes them
-        plan = self.preflight(teacher, tuned)
-        self.open_folder(overwrite)
-        self.observer.on_plan(plan)
-
-        teacher, teacher_result = self.finetune(teacher, tuned, trained, store)
-        if recipe.found_maps and not tuned:  # another teacher may pair its layers otherwise
-            self.matches = {}
-            plan = self.preflight(teacher, tuned=True)
-            self.observer.on_plan(plan)
-        self.memory = recall(recipe, teacher, self.data[TRAIN], plan.terms, self.folder)
+        plan, teacher_result = self.teach(lambda _: self.open_folder(overwrite), retrain)
+        self.memory = self.remember(plan)
         self.observer.on_note(f"what the teacher says is {self.memory.note}")
-        models: dict[str, nn.Module] = {"teacher": teacher.model}
+        models: dict[str, nn.Module] = dict(self.teacher.models)
         results: dict[str, list[StageResult]] = {"teacher": [teacher_result]}
         for seed in self.seeds:
             for role in ("baseline", "student") if recipe.baseline else ("student",):
-                model, result = self.train(role, seed, teacher)
+                model, result = self.train(role, seed)
                 models.setdefault(role, model)
                 results.setdefault(role, []).append(result)
 
         self.observer.on_stage("evaluation")
-        summary = Summary(recipe, self.task, self.data, self.device)
+        summary = Summary(recipe, self.task, self.data, self.device, self.teacher.about(self.task))
         log = read_log(self.folder / LOG)
         report = summary.report(models, results, plan.terms, log, self.command)
-        save_model(models["student"].cpu(), teacher.processor, self.folder / "student")
+        save_model(models["student"].cpu(), self.processor, self.folder / "student")
         write_report(report, self.folder)
         self.memory.end()
         return report
+
+    def teach(self, begin: Callable[[bool], None], retrain: bool = False) -> tuple[Plan, StageResult]:
+        """Make the teacher ready to teach: load it, check everything, fine-tune it if needed, let it predict.
+
+        Args:
+            begin: Called when everything is checked and before anything is trained, with whether the teacher
+                is ready.
+            retrain: Fine-tune the teacher even if it is in the store.
+
+        Returns:
+            The plan, and the teacher's predictions.
+        """
+        if is_kept(self.recipe.teacher.model):
+            return self._teach_from_cache(begin, retrain)
+        store = TeacherStore(self.recipe, self.task)
+        loaded, tuned = self.load_teacher(store, retrain)
+        trained = [p for p in loaded.model.parameters() if p.requires_grad]  # before the plan freezes them
+        plan = self.preflight(self._take(LiveTeacher(loaded)), tuned)
+        begin(tuned)
+        self._show(plan)
+        loaded, result = self.finetune(loaded, tuned, trained, store)
+        self.teacher = LiveTeacher(loaded)
+        if self.recipe.found_maps and not tuned:  # another teacher may pair its layers otherwise
+            self.matches = {}
+            plan = self.preflight(self.student().model, tuned=True)
+            self.observer.on_plan(plan)
+        return plan, result
+
+    def _teach_from_cache(self, begin: Callable[[bool], None], retrain: bool) -> tuple[Plan, StageResult]:
+        if retrain:
+            raise ValueError("a teacher that is a cache cannot be fine-tuned; leave --retrain out")
+        teacher = KeptTeacher.open(self.recipe.teacher.model, self.task)
+        plan = self.preflight(self._take(teacher), tuned=True)
+        begin(True)
+        self._show(plan)
+        return plan, StageResult(None, teacher.answers)
+
+    def _take(self, teacher: LiveTeacher | KeptTeacher) -> nn.Module:
+        """Take a teacher, make the student, and encode the data as both read them."""
+        self.teacher = teacher
+        student = self.student()
+        self.processor = student.processor
+        self.data = encode_for(self.task, student.processor, teacher.processor)
+        return student.model
+
+    def _show(self, plan: Plan) -> None:
+        self.observer.on_plan(plan)
+        if self.processor is not self.teacher.processor:
+            self.observer.on_note("student and teacher have different tokenizers: each reads the texts by its own")
+
+    def remember(self, plan: Plan) -> Memory:
+        """Where what the teacher says is kept."""
+        if isinstance(self.teacher, KeptTeacher):
+            return Memory(None, f"read from {self.teacher.folder}")
+        return recall(self.recipe, self.teacher, self.data.teacher[TRAIN], plan.terms, self.folder)
 
     def check_folder(self, overwrite: bool, retrain: bool) -> None:
         """Refuse a folder that holds anything but this run; change nothing.
@@ -266,13 +285,20 @@ class Run:
             )
         return loaded, ready
 
-    def preflight(self, teacher: Loaded, tuned: bool) -> Plan:
+    def student(self, seed: int | None = None) -> Loaded:
+        """The student as it begins, by default that of the first seed."""
+        seed = self.recipe.training.seed if seed is None else seed
+        return self.teacher.student(self.recipe.student, self.task, seed)
+
+    def preflight(self, student: nn.Module, tuned: bool) -> Plan:
         """Check models, taps, shapes, terms and optimizers before anything is trained."""
-        recipe = self.recipe
-        student = make_student(recipe.student, self.task, teacher, recipe.training.seed)
-        check_lengths({"teacher": teacher.model, "student": student}, self.data)
-        distiller = Distiller(student, teacher.model, self.terms(student, teacher.model), balance=recipe.balance)
-        terms = distiller.preflight(longest(self.data[TRAIN]))
+        recipe, teacher = self.recipe, self.teacher
+        about = teacher.about(self.task, recipe.student.path)
+        check_lengths({"teacher": about.most_tokens, "student": most_tokens(student)}, self.data)
+        distiller = Distiller(student, teacher.source(), self.terms(student), balance=recipe.balance)
+        if isinstance(teacher, KeptTeacher):
+            teacher.check_holds(self.data.teacher[TRAIN], distiller.wants)
+        terms = distiller.preflight(longest(self.data.training))
         recipe.training.build_optimizer(student, distiller.objective)
         steps = {"student": self.steps(recipe.training)}
         if not tuned:
@@ -282,30 +308,46 @@ class Run:
             task=self.task.name,
             examples={name: len(rows) for name, rows in self.task.splits.items()},
             terms=terms,
-            parameters={"teacher": count_parameters(teacher.model), "student": count_parameters(student)},
+            parameters={"teacher": about.parameters, "student": count_parameters(student)},
             steps=steps,
-            teacher="ready" if tuned else "to be fine-tuned on the task first",
+            teacher=self.state_of_teacher(tuned),
         )
+
+    def state_of_teacher(self, tuned: bool) -> str:
+        """What happens with the teacher, in words."""
+        if isinstance(self.teacher, KeptTeacher):
+            return "not here, its signals are"
+        return "ready" if tuned else "to be fine-tuned on the task first"
 
     def steps(self, settings: Settings) -> int:
         """The number of updates of a training."""
-        return settings.total_steps(len(ExampleBatches(self.data[TRAIN], settings)))
+        return settings.total_steps(len(ExampleBatches(self.data.training, settings)))
 
-    def terms(self, student: nn.Module, teacher: nn.Module) -> list[Term]:
-        """The terms of the recipe for these two models."""
-        places = find_places(student, teacher, self.recipe.student.path)
+    def terms(self, student: nn.Module) -> list[Term]:
+        """The terms of the recipe for a student and the teacher."""
+        path = self.recipe.student.path
+        places = find_places(layers_of(student, path), self.teacher.about(self.task, path).layers)
         if self.recipe.found_maps:
-            places = self.matched(student, teacher, places)
+            places = self.matched(student, places)
         terms = self.recipe.build_terms(places, self.regression)
-        expose_attention(terms, student, teacher)
+        expose_attention(terms, student, *self.teacher.models.values())
         return terms
 
-    def matched(self, student: nn.Module, teacher: nn.Module, places: Places) -> Places:
-        """The places with the pairs of layers that the recipe wants found; all seeds have those of the first."""
+    def matched(self, student: nn.Module, places: Places) -> Places:
+        """The places with the pairs of layers that the recipe wants found; all seeds have those of the first.
+
+        Raises:
+            ValueError: the teacher's model is not here.
+        """
+        if isinstance(self.teacher, KeptTeacher):
+            found = ", ".join(sorted(self.recipe.found_maps))
+            raise ValueError(
+                f"map {found} is found from the teacher's layers, which are not here; write the pairs"
+            )
         if not self.matches:
-            rows = range(min(MATCHED_EXAMPLES, len(self.data[TRAIN])))
-            size = self.recipe.training.batch_size
-            batches = [self.data[TRAIN].batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+            teacher, data, size = self.teacher.loaded.model, self.data.training, self.recipe.training.batch_size
+            rows = range(min(MATCHED_EXAMPLES, len(data)))
+            batches = [data.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
             self.matches = match_places(student, teacher, places, batches, self.recipe.found_maps).matches
         return places.model_copy(update={"matches": self.matches})
 
@@ -327,12 +369,12 @@ class Run:
             store.keep(model, teacher.processor)
         return Loaded(model, teacher.processor, head_is_trained=True), result
 
-    def train(self, role: str, seed: int, teacher: Loaded) -> tuple[nn.Module, StageResult]:
+    def train(self, role: str, seed: int) -> tuple[nn.Module, StageResult]:
         """Train a student, or as the baseline its twin without distillation, from the same start."""
-        student = make_student(self.recipe.student, self.task, teacher, seed)
-        terms = self.terms(student, teacher.model)
+        student = self.student(seed).model
+        terms = self.terms(student)
         distiller = (
-            Distiller(student, self.memory.teacher(teacher.model), terms, balance=self.recipe.balance)
+            Distiller(student, self.memory.teacher(self.teacher.source()), terms, balance=self.recipe.balance)
             if role == "student"
             else Distiller(student, None, plain_terms(terms, self.regression))
         )
@@ -348,14 +390,16 @@ class Run:
         return self.folder / "checkpoints" / name
 
     def stage(self, name: str) -> Stage:
-        """One stage of this run."""
+        """One stage of this run: of the teacher, the baseline or the student, whose data it has."""
+        role = name.partition("-")[0]
+        data = self.data.by_role(role)
         return Stage(
             name=name,
             folder=self.stage_folder(name),
             log=self.folder / LOG,
-            train=self.data[TRAIN],
-            choose=self.data.get(HOLDOUT, self.data[VALIDATION]),
-            evaluate={n: d for n, d in self.data.items() if n not in (TRAIN, HOLDOUT)},
+            train=self.data.training if role == "student" else data[TRAIN],
+            choose=data.get(HOLDOUT, data[VALIDATION]),
+            evaluate={n: d for n, d in data.items() if n not in (TRAIN, HOLDOUT)},
             metric=self.task.metrics[0],
             device=self.device,
         )
@@ -367,21 +411,20 @@ def longest(examples: Examples) -> Batch:
     return examples.batch(sorted(range(len(examples)), key=lambda i: -lengths[i])[:2])
 
 
-def _one_device() -> torch.device:
-    """The device of a run.
+def _processes(several: bool) -> Any:
+    """This process among those that were started, and its device.
 
     Raises:
-        ValueError: several processes were started.
+        ValueError: several processes were started, and only one may be.
     """
     from accelerate import PartialState
 
-    state = PartialState()
-    if state.num_processes > 1:
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else it starts one alone on a CPU
+    if state.num_processes > 1 and not several:
         raise ValueError(
             f"a run is one process, and {state.num_processes} were started; for several ranks call limbeck.fit"
         )
-    device: torch.device = state.device
-    return device
+    return state
 
 
 def first_difference(kept: Any, wanted: Any, place: str = "") -> str:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from limbeck.types import Sampled, TopK
 
-BLOCK = 1 << 22
-"""Logits worked on at once: more would only take memory."""
+BLOCK, LARGE_BLOCK = 1 << 18, 1 << 24
+"""Logits worked on at once; on a CPU as many as its cache holds, and anywhere more would take memory."""
 
 
 @torch.no_grad()
@@ -44,15 +44,21 @@ def top_k(logits: Tensor, k: int, temperatures: Sequence[float] = (1.0,)) -> Top
     _check(logits, temperatures, k=k)
     k = min(k, logits.shape[-1])
     blocks = [_top_k(rows, k, temperatures) for rows in _blocks(logits)]
-    ids, values, log_rest = (torch.cat(part).view(*logits.shape[:-1], -1) for part in zip(*blocks, strict=True))
+    joined = (torch.cat(part) for part in zip(*blocks, strict=True))
+    ids, values, log_rest = (part.view(*logits.shape[:-1], part.shape[-1]) for part in joined)
     return TopK(ids, logits.shape[-1], _floats(temperatures), values, log_rest)
 
 
 def _top_k(logits_NV: Tensor, k: int, temperatures: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-    values, ids = logits_NV.topk(k, dim=-1)
-    largest = _finite(values[:, :1])
-    rest = (logits_NV - largest).scatter_(-1, ids, -torch.inf)
-    return ids, values - largest, torch.stack([_log_sum(rest, t) for t in temperatures], dim=-1)
+    values, ids = logits_NV.topk(min(k + 1, logits_NV.shape[-1]), dim=-1)
+    values, following = values[:, :k], values[:, k:]
+    largest, following = _finite(values[:, :1]), _finite(following)
+    log_rest = torch.full((len(values), len(temperatures)), -torch.inf, dtype=values.dtype, device=values.device)
+    if following.numel():
+        rest = logits_NV.scatter(-1, ids[:, :k], -torch.inf).sub_(following)
+        sums = torch.stack([_log_sum(rest, t) for t in temperatures], dim=-1)
+        log_rest = sums + (following - largest) / log_rest.new_tensor(temperatures)
+    return ids[:, :k], values - largest, log_rest
 
 
 @torch.no_grad()
@@ -98,13 +104,9 @@ def sample(
     head = min(head, logits.shape[-1])
     blocks = [_sample(rows, draws, temperatures, generator, head) for rows in _blocks(logits)]
     ids, weights = (torch.cat(part) for part in zip(*blocks, strict=True))
-    leading = logits.shape[:-1]
-    return Sampled(
-        ids.view(*leading, -1),
-        logits.shape[-1],
-        _floats(temperatures),
-        weights.view(*leading, -1, len(temperatures)),
-    )
+    shape = (*logits.shape[:-1], ids.shape[-1])
+    weights = weights.view(*shape, len(temperatures))
+    return Sampled(ids.view(shape), logits.shape[-1], _floats(temperatures), weights)
 
 
 def _sample(
@@ -118,7 +120,7 @@ def _sample(
     kept = shifted.topk(head, dim=-1).indices
     rest = shifted.scatter(-1, kept, -torch.inf) if head else shifted
     first = temperatures[0]
-    log_rest = _log_sum(rest, first)
+    log_rest = torch.logsumexp(rest / first, dim=-1)
     ids, counts = _merged(_drawn(rest, first, draws, generator))
     log_weights, shares = [], (counts / draws).log()
     for t in temperatures:
@@ -155,8 +157,17 @@ def _blocks(logits: Tensor) -> Sequence[Tensor]:
     """The positions in a row, some at a time, in float32 or better."""
     rows = logits.detach().reshape(-1, logits.shape[-1])
     half = logits.dtype in (torch.float16, torch.bfloat16)
-    blocks = torch.split(rows, max(1, BLOCK // logits.shape[-1]))
-    return [block.float() if half else block for block in blocks]
+    return [block.float() if half else block for block in torch.split(rows, block_rows(logits))]
+
+
+def block_rows(logits: Tensor) -> int:
+    """How many positions to work on at once.
+
+    Example:
+        >>> block_rows(torch.zeros(1000, 1 << 15))
+        8
+    """
+    return max(1, (BLOCK if logits.device.type == "cpu" else LARGE_BLOCK) // logits.shape[-1])
 
 
 def _finite(largest: Tensor) -> Tensor:
@@ -165,8 +176,9 @@ def _finite(largest: Tensor) -> Tensor:
 
 
 def _log_sum(logits: Tensor, temperature: float) -> Tensor:
+    """Log-sum-exp of logits whose largest is 0, or minus infinity."""
     scaled = logits if temperature == 1 else logits / temperature
-    return torch.logsumexp(scaled, dim=-1)
+    return scaled.exp().sum(dim=-1).log()
 
 
 def _floats(temperatures: Sequence[float]) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import limbeck
+from limbeck.encodings import Encoded
 from limbeck.evaluate import Bootstrap, compare, count_parameters, measure_speed, size_in_bytes
 from limbeck.metrics import Array, get_metric
 from limbeck.objective import PlannedTerm
@@ -23,7 +24,8 @@ from limbeck.report.report import Curve, Interval, ModelResult
 from limbeck.schedules import Scheduled
 from limbeck.stage import StageResult
 from limbeck.tasks import VALIDATION, Task, is_regression
-from limbeck.train import Examples, FitResult
+from limbeck.teaching import About
+from limbeck.train import FitResult
 
 THROUGHPUT_BATCH = 32
 
@@ -38,14 +40,16 @@ class Summary:
     Attributes:
         recipe: The recipe, with every term spelled out.
         task: The task with its data.
-        data: The encoded examples by split.
+        data: The encoded examples.
         device: Where models are timed.
+        teacher: The teacher's sizes, for its model may not be here.
     """
 
     recipe: Recipe
     task: Task
-    data: Mapping[str, Examples]
+    data: Encoded
     device: torch.device
+    teacher: About
 
     def report(
         self,
@@ -58,7 +62,7 @@ class Summary:
         """Make the report.
 
         Args:
-            models: Teacher, baseline (if there is one) and student of the first seed, by role.
+            models: Teacher and baseline (if they are here) and student of the first seed, by role.
             results: What their stages gave, one for each seed.
             plan: The preflight's terms.
             log: The run's log.
@@ -67,13 +71,13 @@ class Summary:
         metric = get_metric(self.task.metrics[0])
         labels = np.asarray(self.task.splits[VALIDATION].labels)
         bootstrap = Bootstrap(labels, metric, self.recipe.seeds)
-        logits = {role: [r.logits[VALIDATION] for r in results[role]] for role in models}
+        logits = {role: [r.logits[VALIDATION] for r in results[role]] for role in results}
         scores = {role: bootstrap.scores(each) for role, each in logits.items()}
         speed = self.speed(models)
         first = self.recipe.training.seed
         columns = {
-            role: self.column(role, model, results[role], scores[role], speed[role])
-            for role, model in models.items()
+            role: self.column(role, models.get(role), results[role], scores[role], speed.get(role))
+            for role in results
         }
         return Report(
             task=self.task.name,
@@ -99,23 +103,23 @@ class Summary:
     def column(
         self,
         role: str,
-        model: nn.Module,
+        model: nn.Module | None,
         results: list[StageResult],
         scores: Array,
-        speed: tuple[Interval, Interval],
+        speed: tuple[Interval, Interval] | None,
     ) -> ModelResult:
-        """One model's column of the report."""
+        """One model's column of the report; only a teacher may lack its model."""
         fitted = [r.fitted for r in results if r.fitted is not None]
-        latency, batch = speed
+        latency, batch = speed or (None, None)
         metric, labels = get_metric(self.task.metrics[0]), np.asarray(self.task.splits[VALIDATION].labels)
         return ModelResult(
             role=role,
             score=Bootstrap.interval(scores),
             metrics=self.metrics(results),
-            parameters=count_parameters(model),
-            size_bytes=size_in_bytes(model),
-            latency_ms=latency.map(lambda seconds: 1000 * seconds),
-            throughput=batch.map(lambda seconds: self.throughput_batch() / seconds),
+            parameters=count_parameters(model) if model else self.teacher.parameters,
+            size_bytes=size_in_bytes(model) if model else self.teacher.size_bytes,
+            latency_ms=latency and latency.map(lambda seconds: 1000 * seconds),
+            throughput=batch and batch.map(lambda seconds: self.throughput_batch() / seconds),
             training_seconds=mean(f.seconds for f in fitted),
             teacher_seconds=mean(f.teacher_seconds for f in fitted),
             examples=sum(f.examples for f in fitted),
@@ -136,7 +140,7 @@ class Summary:
 
     def speed(self, models: Mapping[str, nn.Module]) -> dict[str, tuple[Interval, Interval]]:
         """Seconds for one example and for a batch, by role; the models take turns."""
-        data = self.data[VALIDATION]
+        data = {role: self.data.by_role(role)[VALIDATION] for role in models}
         for model in models.values():
             model.to(self.device)
         one = measure_speed(models, data, batch_size=1, repeats=60)
@@ -145,7 +149,7 @@ class Summary:
 
     def throughput_batch(self) -> int:
         """The batch size that throughput is measured at."""
-        return min(THROUGHPUT_BATCH, len(self.data[VALIDATION]))
+        return min(THROUGHPUT_BATCH, len(self.data.student[VALIDATION]))
 
 
 def mean(values: Iterable[float]) -> float:

@@ -21,7 +21,7 @@ from limbeck.types import LABELS
 Taps = str | Sequence[str]
 Weight = float | Scheduled | Mapping[str, Any] | Callable[[float], float]
 
-ARGUMENTS = ("tap", "teacher_tap", "loss", "weight", "name", "project", "mask", "transforms")
+ARGUMENTS = ("tap", "teacher_tap", "loss", "weight", "name", "project", "mask", "transforms", "task")
 """What a Term takes beside the options of its loss."""
 
 
@@ -42,6 +42,8 @@ class Term:
         mask: The key in the batch of the mask to use; by default the attention mask or the labels' own, where
             its shape fits.
         transforms: What is done to both sides before the loss: ``"standardize"``, or a list of such.
+        task: Where a student learns several tasks, the one whose batches this term is for (those with
+            ``"task": "rte"``); by default it counts for all. It then stands before the term's default name.
         **options: Options of the loss, checked here against its signature. Any of them may be scheduled, as
             `weight`; a ``temperature`` may be one of each example's own, ``"flsw"``. For what a loss learns, the
             options of the module that it trains; for a part of the teacher, the module's path.
@@ -65,6 +67,7 @@ class Term:
     name: str
     project: str | Mapping[str, Any] | None
     mask: str | None
+    task: str | None
     learned: Mapping[str, Mapping[str, Any]]
     borrowed: Mapping[str, str]
 
@@ -79,6 +82,7 @@ class Term:
         project: str | Mapping[str, Any] | None = None,
         mask: str | None = None,
         transforms: TransformSpec | Sequence[TransformSpec] = (),
+        task: str | None = None,
         **options: Any,
     ) -> None:
         check_term_options(loss, options, also=ARGUMENTS)
@@ -93,7 +97,9 @@ class Term:
         if mask is not None and not isinstance(mask, str):
             raise ValueError(f"mask names an entry of the batch, got {mask!r}")
         own_name = comparison.name if taps == ("logits",) else f"{comparison.name}[{'+'.join(taps)}]"
-        name = name or own_name
+        if task is not None and (not isinstance(task, str) or not task):
+            raise ValueError(f"a term's task is a name, or None for all tasks, got {task!r}")
+        name = name or (own_name if task is None else f"{task}.{own_name}")
         fields = {
             "taps": taps,
             "teacher_taps": teacher_taps,
@@ -102,6 +108,7 @@ class Term:
             "name": name,
             "project": project,
             "mask": mask,
+            "task": task,
             "learned": learned,
             "borrowed": borrowed,
         }
@@ -109,7 +116,8 @@ class Term:
             object.__setattr__(self, key, value)
 
     def __repr__(self) -> str:
-        options = "".join(f", {k}={v!r}" for k, v in self.shown_options().items())
+        shown = self.shown_options() if self.task is None else {"task": self.task, **self.shown_options()}
+        options = "".join(f", {k}={v!r}" for k, v in shown.items())
         return f"Term({self.loss_name}: {self.tap} -> {self.teacher_tap}, weight {self.shown_weight()}{options})"
 
     @property

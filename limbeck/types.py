@@ -25,6 +25,9 @@ STUDENT, TEACHER = "student", "teacher"
 TEACHER_CACHE = "teacher_cache"
 """Where a batch brings along what the teacher said of it, by tap, so that the teacher need not run."""
 
+TASK = "task"
+"""The name of the one task that all examples of a batch belong to, where a student learns several."""
+
 IGNORE_INDEX = -100
 """The label of a position that does not count, as in PyTorch's cross-entropy."""
 
@@ -36,7 +39,8 @@ class Sparse:
     It stands where logits (..., V) would stand: `shape`, `ndim` and indexing of the leading dimensions are theirs.
 
     Attributes:
-        ids: (..., K), the known entries' numbers, int64.
+        ids: (..., K), the known entries' numbers, int64. Of `TopK`, a place that holds none has the number -1 and
+            the value minus infinity; of `Sampled`, the weight 0.
         size: V, the number of all entries.
         temperatures: Those at which it is known, T of them.
     """
@@ -159,7 +163,8 @@ class Output:
         loss: The weighted sum of the terms, a scalar to call ``backward`` on.
         logits: The student's logits, or None where the student has none.
         terms: The unweighted value of each term by name, detached scalars.
-        weights: What each term was multiplied by, schedules and balance included.
+        weights: What each term was multiplied by, schedules and balance included, or would have been, of those
+            for other tasks than the batch's.
         gradients: Dot products of the unweighted terms' gradients in the student, (terms, terms), where they were
             measured.
 

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import limbeck
-from limbeck.pairing import find_places, match_places
+from limbeck.pairing import find_places, layers_of, match_places
 from limbeck.progress import ConsoleObserver
 from limbeck.recipe import Places
 from tests import tiny
@@ -23,7 +23,7 @@ def batches():
 def test_a_model_is_matched_with_itself_layer_by_layer():
     teacher = bert(layers=3)
     student = copy.deepcopy(teacher)
-    places = find_places(student, teacher, None)
+    places = find_places(layers_of(student, None), layers_of(teacher, None))
     assert (places.student_path, places.student, places.teacher) == ("bert.encoder.layer", 3, 3)
     found = match_places(student, teacher, places, batches(), ["cka", "emd"]).matches
     for kind in ("cka", "emd"):
@@ -33,7 +33,7 @@ def test_a_model_is_matched_with_itself_layer_by_layer():
 
 def test_padding_does_not_change_what_is_found():
     student, teacher = bert(layers=2, seed=1), bert(layers=4)
-    places = find_places(student, teacher, None)
+    places = find_places(layers_of(student, None), layers_of(teacher, None))
     longer = [
         {
             **batch,
@@ -47,7 +47,7 @@ def test_padding_does_not_change_what_is_found():
 
 
 def test_models_without_layers_have_modules_all_the_same():
-    places = find_places(perceptron(), perceptron(), None)
+    places = find_places(layers_of(perceptron(), None), layers_of(perceptron(), None))
     assert places.student == 0
     assert places.student_modules
 

@@ -69,8 +69,14 @@ def test_signals_of_another_teacher_are_refused(place):
         limbeck.distill(other, place / "two")
 
 
-def test_what_does_not_fit_is_not_remembered(place):
-    report = limbeck.distill(recipe(place, cache_gib=1e-9), place / "run")
+def test_what_does_not_fit_the_memory_goes_to_the_disk(place):
+    report = limbeck.distill(recipe(place, cache={"gib": 1e-9}), place / "run")
+    assert report.student.teacher_examples <= report.examples["train"]
+
+
+def test_what_fits_neither_memory_nor_disk_is_not_remembered(place, monkeypatch):
+    monkeypatch.setattr("limbeck.remember.free_bytes", lambda place: 10)
+    report = limbeck.distill(recipe(place, cache={"gib": 1e-9}), place / "run")
     assert report.student.teacher_examples is None
 
 
@@ -100,7 +106,7 @@ def test_an_interrupted_run_goes_on_with_what_its_teacher_said(place):
 
 def test_the_recipe_says_it_all(place):
     written = Recipe.parse(recipe(place)).to_yaml()
-    assert "cache: memory" in written
-    report = limbeck.distill(recipe(place, cache_dtype="fp16"), place / "run")
-    assert json.loads((place / "run" / "report.json").read_text())["recipe"]["cache_dtype"] == "fp16"
+    assert "place: memory" in written
+    report = limbeck.distill(recipe(place, cache={"dtype": "fp16"}), place / "run")
+    assert json.loads((place / "run" / "report.json").read_text())["recipe"]["cache"]["dtype"] == "fp16"
     assert report.student.teacher_examples is not None

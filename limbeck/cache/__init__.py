@@ -1,10 +1,9 @@
 """What a teacher said, kept by the content of its examples: it runs once."""
 
-from limbeck.cache.folder import merge, prune, read_manifest, verify
+from limbeck.cache.folder import MANIFEST, merge, prune, read_manifest, verify
 from limbeck.cache.forms import Dense, Form, HybridForm, SampledForm, TopKForm, describe, kept_by
 from limbeck.cache.keys import (
     example_keys,
-    examples_in,
     first_difference,
     json_digest,
     module_identity,
@@ -15,6 +14,7 @@ from limbeck.cache.store import Store
 
 __all__ = [
     "KINDS",
+    "MANIFEST",
     "Dense",
     "Form",
     "HybridForm",
@@ -24,7 +24,6 @@ __all__ = [
     "TopKForm",
     "describe",
     "example_keys",
-    "examples_in",
     "first_difference",
     "json_digest",
     "kept_by",

@@ -14,8 +14,6 @@ from limbeck.cache.shards import SUFFIX, digest_of, is_whole, open_shard
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-BESIDES = ("teacher", "student")
-"""Folders that may lie in a cache's own: what was built with it."""
 
 
 def claim(folder: Path, belongs: Mapping[str, Any]) -> None:
@@ -34,9 +32,12 @@ def claim(folder: Path, belongs: Mapping[str, Any]) -> None:
 
 
 def _check_new(folder: Path) -> None:
-    """Another process may take it at the same time: its manifest and its first shards are nothing foreign."""
-    names = sorted(p.name for p in folder.iterdir() if not (p.is_dir() and p.name in BESIDES))
-    names = [name for name in names if not name.endswith(PARTIAL)]
+    """Refuse a folder with files of something else.
+
+    Folders in it may be of what was built with it. Another process may take it at this very moment: its manifest
+    and its first shards are nothing foreign.
+    """
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.endswith(PARTIAL))
     if MANIFEST in names or (folder / MANIFEST).is_file():
         return
     if names and all(name.endswith(SUFFIX) for name in names):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from limbeck.batch import ATTENTION_MASK, is_texts, positional
+from limbeck.batch import ATTENTION_MASK, batch_size, is_texts, positional
 from limbeck.cache.layout import raw
 from limbeck.types import EXAMPLE_ID, INPUTS, LABELS, Batch
 
@@ -61,7 +61,8 @@ def example_keys(batch: Batch) -> np.ndarray[Any, np.dtype[np.void]]:
     """One key for each example of a batch: a digest of what a teacher is given of it.
 
     Labels and example numbers do not count, and neither does padding: of entries (B, L, ...) only the positions
-    from the first to the last that the attention mask keeps.
+    from the first to the last that the attention mask keeps. A text for the whole batch does: one
+    teacher may say different things for different tasks.
 
     Returns:
         (B,), 12 bytes each.
@@ -76,7 +77,7 @@ def example_keys(batch: Batch) -> np.ndarray[Any, np.dtype[np.void]]:
         >>> bool(example_keys(short)[0] == example_keys(padded)[0])
         True
     """
-    size = examples_in(batch)
+    size = batch_size(batch)
     mask = batch.get(ATTENTION_MASK)
     spans = _spans(mask) if isinstance(mask, Tensor) and mask.ndim == 2 else None
     # SHA-256, since processors have instructions for it: twice as fast here as BLAKE2
@@ -86,26 +87,6 @@ def example_keys(batch: Batch) -> np.ndarray[Any, np.dtype[np.void]]:
             for part in piece:
                 digest.update(part)
     return np.frombuffer(b"".join(d.digest()[:KEY_BYTES] for d in digests), dtype=f"V{KEY_BYTES}")
-
-
-def examples_in(batch: Batch) -> int:
-    """The number of examples of a batch, whose entries may all be lists of texts.
-
-    Raises:
-        ValueError: it holds neither tensors nor texts.
-
-    Example:
-        >>> examples_in({"text": ["a", "b"]})
-        2
-    """
-    values = [*positional(batch), *batch.values()]
-    for value in values:
-        if isinstance(value, Tensor) and value.ndim:
-            return len(value)
-    for value in values:
-        if is_texts(value):
-            return len(value)
-    raise ValueError(f"a batch with {sorted(batch)} holds no tensor of examples and no list of texts")
 
 
 def _spans(mask: Tensor) -> list[tuple[int, int]]:
@@ -144,7 +125,7 @@ def _bytes(tensor: Tensor) -> Any:
 
 def _inputs(batch: Batch) -> Mapping[str, Any]:
     """What a teacher may read: tensors of examples, lists of texts, and texts for the whole batch."""
-    size = examples_in(batch)
+    size = batch_size(batch)
     named = {key: value for key, value in batch.items() if key not in (LABELS, EXAMPLE_ID, INPUTS)}
     placed = {f"{INPUTS} {i}": value for i, value in enumerate(positional(batch))}
     own = batch.get(INPUTS)

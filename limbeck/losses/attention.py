@@ -15,9 +15,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from limbeck.losses.base import full_precision, loss
+from limbeck.losses.distributions import weighted_sum
 from limbeck.losses.features import unit_vectors
 from limbeck.losses.labels import finite, zero_unless
-from limbeck.losses.logits import weighted_sum
 from limbeck.reduce import blank
 
 Heads = Literal["each", "mean", "sum"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, overload
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from limbeck.registry import Registry
 from limbeck.shapes import mismatch
+from limbeck.types import Sparse
 
 SUPPLIED = frozenset({"mask", "labels", "example_id"})
 """What the Distiller takes from the batch for a loss that asks: the term's mask, ``labels``, ``example_id``."""
@@ -74,11 +75,14 @@ class Traits:
             trains and saves them; a caller of the bare function passes them itself.
         borrows: Keyword-only parameters that may be parts of the teacher, such as its classifier: in a term one
             names the module by its path, and the Distiller passes the module.
+        sparse: True where the teacher's side may be `limbeck.types.TopK`, as it may for all that is computed of
+            `limbeck.losses.distributions.paired_log_probs`; or why it may not.
     """
 
     project: str | None = None
     learns: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     borrows: tuple[str, ...] = ()
+    sparse: bool | str = False
 
 
 _TRAITS: dict[Callable[..., Any], Traits] = {}
@@ -100,7 +104,11 @@ def loss(function: Function) -> Function: ...
 
 @overload
 def loss(
-    *, project: str | None = None, learns: Mapping[str, str] | None = None, borrows: tuple[str, ...] = ()
+    *,
+    project: str | None = None,
+    learns: Mapping[str, str] | None = None,
+    borrows: tuple[str, ...] = (),
+    sparse: bool | str = False,
 ) -> Callable[[Function], Function]: ...
 
 
@@ -110,6 +118,7 @@ def loss(
     project: str | None = None,
     learns: Mapping[str, str] | None = None,
     borrows: tuple[str, ...] = (),
+    sparse: bool | str = False,
 ) -> Function | Callable[[Function], Function]:
     """Register a loss under its function's name; used as a decorator, with or without what the loss brings along.
 
@@ -118,6 +127,7 @@ def loss(
         project: See `Traits`.
         learns: See `Traits`.
         borrows: See `Traits`.
+        sparse: See `Traits`.
 
     Example:
         >>> from limbeck.losses import LOSSES, loss
@@ -129,10 +139,40 @@ def loss(
     """
 
     def add(function: Function) -> Function:
-        _TRAITS[function] = Traits(project, MappingProxyType(dict(learns or {})), borrows)
+        able = sparse or traits_of(function).sparse
+        _TRAITS[function] = Traits(project, MappingProxyType(dict(learns or {})), borrows, able)
         return LOSSES.register(function)
 
     return add if function is None else add(function)
+
+
+def accepts_sparse(function: Function) -> Function:
+    """Note that a function takes `limbeck.types.TopK` for a teacher's logits; `loss` notes it too."""
+    _TRAITS[function] = replace(traits_of(function), sparse=True)
+    return function
+
+
+def refuse_sparse(name: str, reason: bool | str, teacher: object) -> None:
+    """Refuse targets of which only some entries are known.
+
+    Args:
+        name: The loss.
+        reason: Why, as `Traits` has it; or that it accepts them.
+        teacher: What it is given.
+
+    Raises:
+        ValueError: they are such targets and the loss does not take them.
+
+    Example:
+        >>> refuse_sparse("logit_mse", "it needs all", torch.zeros(2, 3))
+    """
+    if reason is True or not isinstance(teacher, Sparse):
+        return
+    why = reason or "it compares all entries"
+    raise ValueError(
+        f"{name} cannot be computed from targets that hold only some of the teacher's logits "
+        f"({type(teacher).__name__}), since {why}; use forward_kl or soft_cross_entropy, or keep all logits"
+    )
 
 
 def full_precision(tensor: Tensor) -> Tensor:
@@ -192,12 +232,13 @@ def same_shape(student: Tensor, teacher: Tensor) -> None:
     """Refuse a pair that would broadcast.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or the teacher's side is a `limbeck.types.Sparse`.
 
     Example:
         >>> same_shape(torch.zeros(2, 3), torch.zeros(2, 5))
         Traceback (most recent call last):
         ValueError: student (2, 3) and teacher (2, 5) differ in shape; add project='linear'
     """
+    refuse_sparse("the loss", False, teacher)
     if student.shape != teacher.shape:
         raise ValueError(mismatch(student.shape, teacher.shape))

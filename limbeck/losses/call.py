@@ -5,19 +5,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from limbeck.losses.base import LOSSES, SUPPLIED, traits_of
+from limbeck.losses.base import LOSSES, SUPPLIED, refuse_sparse, traits_of
 from limbeck.losses.transforms import OwnTemperature, Transform, build_temperature, build_transform
 from limbeck.reduce import blank, fitting, reduce
 from limbeck.registry import check_options
 from limbeck.schedules import Scheduled, build_schedule, is_schedule, value_at
-from limbeck.types import EXAMPLE_ID, IGNORE_INDEX
+from limbeck.types import EXAMPLE_ID, IGNORE_INDEX, Sparse
 
 Side = Tensor | tuple[Tensor, ...]
 """What a loss reads of one model: a tensor, or several from several places."""
+
+Target = Side | Sparse
+"""What it is compared with, which may be a few entries of logits."""
 
 TransformSpec = str | Mapping[str, Any]
 
@@ -50,7 +53,7 @@ class Comparison:
     def __call__(
         self,
         student: Side,
-        teacher: Side,
+        teacher: Target,
         *,
         progress: float | None = None,
         labels: Tensor | None = None,
@@ -67,6 +70,8 @@ class Comparison:
             mask: Positions that count, likewise.
             **supplied: What else the loss asks for.
         """
+        for target in teacher if isinstance(teacher, tuple) else (teacher,):
+            refuse_sparse(f"loss {self.name!r}", traits_of(self.loss).sparse, target)
         student, teacher = self._transformed(student, teacher, labels)
         options = {k: value_at(v, progress, f"{k} of {self.name}") for k, v in self.options.items()}
         if callable(options.get("temperature")):
@@ -77,7 +82,7 @@ class Comparison:
             supplied["mask"] = mask
         return self.loss(student, teacher, **options, **supplied)
 
-    def _transformed(self, student: Side, teacher: Side, labels: Tensor | None) -> tuple[Side, Side]:
+    def _transformed(self, student: Side, teacher: Target, labels: Tensor | None) -> tuple[Side, Target]:
         for transform in self.steps:
             if isinstance(student, tuple) or isinstance(teacher, tuple):
                 raise ValueError("transforms are for logits, and this term reads several places; drop transforms")
@@ -98,7 +103,7 @@ class Comparison:
 
 
 def compare_valid(
-    comparison: Comparison, student: Side, teacher: Side, mask: Tensor | None, **supplied: Any
+    comparison: Comparison, student: Side, teacher: Target, mask: Tensor | None, **supplied: Any
 ) -> Tensor:
     """Compare two sides where a mask says that they count; nothing of the rest gets into a value or a gradient.
 
@@ -135,17 +140,36 @@ def compare_valid(
     return values.new_zeros(len(keep), *values.shape[1:]).index_put((keep.nonzero().flatten(),), values)
 
 
-def blanked(side: Side, mask: Tensor) -> Side:
+@overload
+def blanked(side: Side, mask: Tensor) -> Side: ...
+
+
+@overload
+def blanked(side: Target, mask: Tensor) -> Target: ...
+
+
+def blanked(side: Target, mask: Tensor) -> Target:
     """Zeros at masked positions (B, L), of every tensor that has these positions in front."""
 
-    def of(tensor: Tensor) -> Tensor:
+    def of(tensor: Any) -> Any:
+        if isinstance(tensor, Sparse):
+            return tensor if tensor.shape[: mask.ndim] != mask.shape else tensor.map(lambda t: blank(t, mask))
         is_square = tensor.ndim == 4 and tensor.shape[2] == tensor.shape[3]  # attention, with heads in front
         return tensor if is_square or tensor.shape[: mask.ndim] != mask.shape else blank(tensor, mask)
 
-    return tuple(of(t) for t in side) if isinstance(side, tuple) else of(side)
+    changed: Target = tuple(of(t) for t in side) if isinstance(side, tuple) else of(side)
+    return changed
 
 
-def _rows(side: Side, keep: Tensor) -> Side:
+@overload
+def _rows(side: Side, keep: Tensor) -> Side: ...
+
+
+@overload
+def _rows(side: Target, keep: Tensor) -> Target: ...
+
+
+def _rows(side: Target, keep: Tensor) -> Target:
     return tuple(t[keep] for t in side) if isinstance(side, tuple) else side[keep]
 
 
@@ -218,7 +242,7 @@ def _asked_for(function: Callable[..., Tensor]) -> frozenset[str]:
 def evaluate(
     name: str | Callable[..., Tensor],
     student: Side,
-    teacher: Side,
+    teacher: Target,
     reduction: Literal["mean", "batchmean", "sum"] = "mean",
     *,
     mask: Tensor | None = None,
@@ -231,7 +255,7 @@ def evaluate(
     Args:
         name: A registered name, ``"package.module:function"`` or a function.
         student: What is read of the student, a tensor or a tuple of tensors.
-        teacher: What it is compared with.
+        teacher: What it is compared with; `limbeck.types.TopK` may stand where a loss reads logits.
         reduction: ``"mean"`` over valid positions, ``"sum"`` over them, or ``"batchmean"``: the sum divided by
             the number of examples.
         mask: (B,) or (B, L), 0 where a position does not count; it is also given to a loss that asks for one. By
@@ -270,9 +294,9 @@ def evaluate(
     return reduce(values, fitting(mask, values), reduction)
 
 
-def _labelled(labels: Side, values: Tensor, ignore_index: Any) -> Tensor | None:
+def _labelled(labels: Target, values: Tensor, ignore_index: Any) -> Tensor | None:
     """Which positions have a label, where these are labels of positions: class indices, or numbers to predict."""
-    if isinstance(labels, tuple) or labels.shape != values.shape:
+    if not isinstance(labels, Tensor) or labels.shape != values.shape:
         return None
     if ignore_index is None and labels.is_floating_point():
         return None

@@ -9,12 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from limbeck.losses.base import loss
+from limbeck.losses.base import loss, refuse_sparse
+from limbeck.losses.distributions import paired_probs, times_squared
 from limbeck.losses.labels import finite, may_ask, over_classes, zero_unless
-from limbeck.losses.logits import (
-    paired_probs,
-    times_squared,
-)
+from limbeck.losses.sparse import COLUMNS
 
 
 def _rows(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -74,7 +72,7 @@ def _there(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor | No
     return _rows(there if mask is None else there & (mask != 0).unsqueeze(-1), None)
 
 
-@loss
+@loss(sparse=COLUMNS)
 def dist(
     student: Tensor,
     teacher: Tensor,
@@ -117,6 +115,7 @@ def dist(
         T = 1; CIFAR-100 T = 4). Its code adds 1e-8 to the product of the lengths, which mutes the classes whose
         probabilities are about 1e-4 and less in the whole batch.
     """
+    refuse_sparse("the loss", COLUMNS, teacher)
     q, p = paired_probs(student, teacher, temperature)
     _check_mask(student, mask)
     there = _there(student, teacher, mask)
@@ -127,7 +126,7 @@ def dist(
     return times_squared(values.view(student.shape[:-1]), temperature)
 
 
-@loss
+@loss(sparse=COLUMNS)
 def class_correlation(
     student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, temperature: float | Tensor = 1.0
 ) -> Tensor:
@@ -164,7 +163,7 @@ def class_correlation(
     return (p.T @ p - q.T @ q).square().sum() / classes
 
 
-@loss
+@loss(sparse=COLUMNS)
 def batch_correlation(
     student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, temperature: float | Tensor = 1.0
 ) -> Tensor:
@@ -201,6 +200,7 @@ def batch_correlation(
 def _batch_of_probabilities(
     student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
+    refuse_sparse("the loss", COLUMNS, teacher)
     q, p = paired_probs(student, teacher, temperature)
     _check_mask(student, mask)
     return _rows(q, mask), _rows(p, mask)

@@ -9,125 +9,29 @@ cannot occur, and counts as if it were not there.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from limbeck.losses.base import full_precision, loss, mean_square, same_shape
+from limbeck.losses.distributions import (
+    check_share,
+    check_temperature,
+    divergence,
+    log_mixture,
+    paired_log_probs,
+    paired_probs,
+    softened,
+    softened_pair,
+    times_squared,
+    weighted_sum,
+)
 from limbeck.losses.labels import at_label, cross_entropy_at, finite, may_ask, over_classes, zero_unless
+from limbeck.losses.sparse import CONSTANT, most_probable, sampled_cross_entropy
+from limbeck.types import Sampled, Sparse, TopK
 
 
-def check_temperature(temperature: float | Tensor, logits: Tensor) -> None:
-    """Refuse a temperature that is not positive or does not fit the positions of `logits`.
-
-    Raises:
-        ValueError: as said. (An accelerator is not asked for the values of a tensor, since it would have to wait;
-            `softened` makes those positions NaN.)
-    """
-    if isinstance(temperature, Tensor):
-        if temperature.ndim and temperature.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"temperatures of shape {tuple(temperature.shape)} do not fit logits of shape "
-                f"{tuple(logits.shape)}; give one number, or one for each position"
-            )
-        if temperature.device.type != "cpu":
-            return
-        temperature = temperature.min().item() if temperature.numel() else 1.0
-    if not temperature > 0:
-        raise ValueError(f"the temperature must be positive, got {temperature}")
-
-
-def softened(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """Logits (..., C) divided by a number or by one for each position (...,), in float32 or better."""
-    if not isinstance(temperature, Tensor) and temperature == 1:
-        return full_precision(logits)
-    if isinstance(temperature, Tensor):
-        temperature = torch.where(temperature > 0, full_precision(temperature), torch.nan)
-        temperature = temperature.unsqueeze(-1) if temperature.ndim else temperature
-        if temperature.requires_grad:  # which minus infinity would make NaN
-            never = logits.isneginf()
-            return (full_precision(logits).masked_fill(never, 0.0) / temperature).masked_fill(never, -torch.inf)
-    return full_precision(logits) / temperature
-
-
-def times_squared(values: Tensor, temperature: float | Tensor) -> Tensor:
-    """T² · values, for a number or one for each position."""
-    if not isinstance(temperature, Tensor) and temperature == 1:
-        return values
-    return values * (full_precision(temperature) if isinstance(temperature, Tensor) else temperature) ** 2
-
-
-def paired_log_probs(student: Tensor, teacher: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of both sides at a temperature, in float32 or better; the teacher's carry no gradient.
-
-    Args:
-        student: Logits (..., C).
-        teacher: Logits (..., C).
-        temperature: T > 0, a number or one for each position (...,).
-
-    Returns:
-        ``(log q, log p)``, each (..., C).
-
-    Raises:
-        ValueError: the shapes differ, or the temperature is not positive.
-    """
-    same_shape(student, teacher)
-    check_temperature(temperature, student)
-    log_q = torch.log_softmax(softened(student, temperature), dim=-1)
-    log_p = torch.log_softmax(softened(teacher.detach(), temperature), dim=-1)
-    return log_q, log_p
-
-
-def paired_probs(student: Tensor, teacher: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-    """Probabilities ``(q, p)`` of both sides, with all else as in `paired_log_probs`."""
-    same_shape(student, teacher)
-    check_temperature(temperature, student)
-    q = torch.softmax(softened(student, temperature), dim=-1)
-    p = torch.softmax(softened(teacher.detach(), temperature), dim=-1)
-    return q, p
-
-
-def weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """Their products; what has no weight counts nothing, even if infinite."""
-    if not finite(values):
-        values = zero_unless(weights != 0, values)  # a NaN of the weights stays one
-    return weights * values
-
-
-def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
-    """Sum over the last dimension; what has no weight counts nothing, even if infinite."""
-    return weighted(weights, values).sum(dim=-1)
-
-
-def expectation(log_p: Tensor, values: Tensor) -> Tensor:
-    """Sum ``p · values`` over the last dimension; what has no probability counts nothing, even if infinite."""
-    return weighted_sum(log_p.exp(), values)
-
-
-def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Kullback-Leibler divergence KL(p‖q) over the last dimension; a gradient flows to both."""
-    return expectation(log_p, log_p - log_q)
-
-
-def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
-    """log(share · p + (1 - share) · q), where neither is ever taken out of log space.
-
-    Args:
-        log_p: Log-probabilities (..., C).
-        log_q: Log-probabilities (..., C).
-        share: Share of p, from 0 to 1.
-    """
-    if share in (0, 1):
-        return log_p if share else log_q
-    never = log_p.isneginf() & log_q.isneginf()
-    log_p, log_q = zero_unless(~never, log_p), zero_unless(~never, log_q)  # there, logaddexp has no gradient
-    mixed = torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
-    return mixed.masked_fill(never, -torch.inf)
-
-
-@loss
-def forward_kl(student: Tensor, teacher: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
+@loss(sparse=True)
+def forward_kl(student: Tensor, teacher: Tensor | TopK, *, temperature: float | Tensor = 1.0) -> Tensor:
     r"""Kullback-Leibler divergence from the teacher to the student.
 
     .. math:: T^2 \sum_c p_c (\log p_c - \log q_c)
@@ -157,8 +61,8 @@ def forward_kl(student: Tensor, teacher: Tensor, *, temperature: float | Tensor 
     return times_squared(divergence(log_p, log_q), temperature)
 
 
-@loss
-def reverse_kl(student: Tensor, teacher: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
+@loss(sparse=True)
+def reverse_kl(student: Tensor, teacher: Tensor | TopK, *, temperature: float | Tensor = 1.0) -> Tensor:
     r"""Kullback-Leibler divergence from the student to the teacher: the student keeps to what the teacher expects.
 
     .. math:: T^2 \sum_c q_c (\log q_c - \log p_c)
@@ -191,19 +95,9 @@ def reverse_kl(student: Tensor, teacher: Tensor, *, temperature: float | Tensor 
     return times_squared(divergence(log_q, log_p), temperature)
 
 
-def check_share(name: str, value: float, below_one: bool = False) -> None:
-    """Refuse an option that is no share.
-
-    Raises:
-        ValueError: the value is outside [0, 1], or [0, 1) where it has to stay below 1.
-    """
-    if not (0 <= value < 1 if below_one else 0 <= value <= 1):
-        raise ValueError(f"{name} must lie in [0, 1{')' if below_one else ']'}, got {value}")
-
-
-@loss
+@loss(sparse=True)
 def js_divergence(
-    student: Tensor, teacher: Tensor, *, beta: float = 0.5, temperature: float | Tensor = 1.0
+    student: Tensor, teacher: Tensor | TopK, *, beta: float = 0.5, temperature: float | Tensor = 1.0
 ) -> Tensor:
     r"""Generalised Jensen-Shannon divergence, between forward KL (β = 0) and reverse KL (β = 1).
 
@@ -245,9 +139,9 @@ def js_divergence(
     return times_squared(value, temperature)
 
 
-@loss
+@loss(sparse=True)
 def skewed_forward_kl(
-    student: Tensor, teacher: Tensor, *, alpha: float = 0.1, temperature: float | Tensor = 1.0
+    student: Tensor, teacher: Tensor | TopK, *, alpha: float = 0.1, temperature: float | Tensor = 1.0
 ) -> Tensor:
     r"""Forward KL to a student that has a share α of the teacher mixed in, finite whatever the student excludes.
 
@@ -280,9 +174,9 @@ def skewed_forward_kl(
     return times_squared(divergence(log_p, log_mixture(log_p, log_q, alpha)), temperature)
 
 
-@loss
+@loss(sparse=True)
 def skewed_reverse_kl(
-    student: Tensor, teacher: Tensor, *, alpha: float = 0.1, temperature: float | Tensor = 1.0
+    student: Tensor, teacher: Tensor | TopK, *, alpha: float = 0.1, temperature: float | Tensor = 1.0
 ) -> Tensor:
     r"""Reverse KL to a teacher that has a share α of the student mixed in, finite whatever the teacher excludes.
 
@@ -315,8 +209,8 @@ def skewed_reverse_kl(
     return times_squared(divergence(log_q, log_mixture(log_q, log_p, alpha)), temperature)
 
 
-@loss
-def total_variation(student: Tensor, teacher: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
+@loss(sparse=True)
+def total_variation(student: Tensor, teacher: Tensor | TopK, *, temperature: float | Tensor = 1.0) -> Tensor:
     r"""Half the sum of the absolute differences of probabilities.
 
     .. math:: \tfrac{T^2}{2} \sum_c \lvert p_c - q_c \rvert
@@ -345,8 +239,8 @@ def total_variation(student: Tensor, teacher: Tensor, *, temperature: float | Te
     return times_squared((p - q).abs().sum(dim=-1) / 2, temperature)
 
 
-@loss
-def soft_cross_entropy(student: Tensor, teacher: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
+@loss(sparse=True)
+def soft_cross_entropy(student: Tensor, teacher: Tensor | Sparse, *, temperature: float | Tensor = 1.0) -> Tensor:
     r"""Cross-entropy of the student against the teacher's soft targets.
 
     .. math:: -T^2 \sum_c p_c \log q_c
@@ -373,14 +267,14 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, *, temperature: float |
     Reference:
         Hinton et al. 2015, arXiv:1503.02531; the form of TextBrewer and TinyBERT, there without T².
     """
-    same_shape(student, teacher)
-    check_temperature(temperature, student)
-    log_q = torch.log_softmax(softened(student, temperature), dim=-1)
-    p = torch.softmax(softened(teacher.detach(), temperature), dim=-1)
+    if isinstance(teacher, Sampled):
+        return times_squared(sampled_cross_entropy(student, teacher, temperature), temperature)
+    student, teacher = softened_pair(student, teacher, temperature)
+    log_q, p = torch.log_softmax(student, dim=-1), torch.softmax(teacher, dim=-1)
     return times_squared(-weighted_sum(p, log_q), temperature)
 
 
-@loss
+@loss(sparse=CONSTANT)
 def logit_mse(student: Tensor, teacher: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
     r"""Mean squared difference of the logits.
 
@@ -417,8 +311,8 @@ def logit_mse(student: Tensor, teacher: Tensor, *, temperature: float | Tensor =
     return over_classes(softened(zero_unless(there, sides[0] - sides[1]), temperature).square(), there, "mean")
 
 
-@loss
-def hard_label(student: Tensor, teacher: Tensor) -> Tensor:
+@loss(sparse=True)
+def hard_label(student: Tensor, teacher: Tensor | TopK) -> Tensor:
     r"""Cross-entropy of the student against the class that the teacher finds most probable.
 
     .. math:: -\log q_y, \quad y = \arg\max_c z^t_c
@@ -443,6 +337,8 @@ def hard_label(student: Tensor, teacher: Tensor) -> Tensor:
     Reference:
         Touvron et al. 2020, DeiT (hard-label distillation), arXiv:2012.12877.
     """
+    if isinstance(teacher, Sparse):
+        return cross_entropy_at(student, most_probable(student, teacher))
     same_shape(student, teacher)
     teacher = teacher.detach()
     index = teacher.argmax(dim=-1)  # that of a NaN, if there is one

@@ -13,14 +13,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from limbeck.losses.base import full_precision, loss, same_shape
+from limbeck.losses.distributions import check_temperature, softened, times_squared, weighted
 from limbeck.losses.labels import finite, over_classes, zero_unless
-from limbeck.losses.logits import (
-    check_temperature,
-    forward_kl,
-    softened,
-    times_squared,
-    weighted,
-)
+from limbeck.losses.logits import forward_kl
+from limbeck.losses.sparse import CONSTANT
+from limbeck.types import TopK
 
 
 def _check_candidates(student: Tensor) -> None:
@@ -31,7 +28,7 @@ def _check_candidates(student: Tensor) -> None:
         )
 
 
-@loss
+@loss(sparse="it compares every candidate with the first one, which is not always among the kept")
 def margin_mse(student: Tensor, teacher: Tensor) -> Tensor:
     r"""Mean squared difference of the margins between the first candidate and each of the others.
 
@@ -63,8 +60,8 @@ def margin_mse(student: Tensor, teacher: Tensor) -> Tensor:
     return over_classes((off[..., :1] - off[..., 1:]).square(), there[..., 1:] & there[..., :1], "mean")
 
 
-@loss
-def listwise_kl(student: Tensor, teacher: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
+@loss(sparse=True)
+def listwise_kl(student: Tensor, teacher: Tensor | TopK, *, temperature: float | Tensor = 1.0) -> Tensor:
     r"""Forward KL between the two distributions over the candidates of a query.
 
     .. math:: T^2 \sum_j p_j (\log p_j - \log q_j), \quad p = softmax(t / T), \; q = softmax(s / T)
@@ -92,7 +89,7 @@ def listwise_kl(student: Tensor, teacher: Tensor, *, temperature: float | Tensor
     return forward_kl(student, teacher, temperature=temperature)
 
 
-@loss
+@loss(sparse=CONSTANT)
 def binary_kl(
     student: Tensor,
     teacher: Tensor,

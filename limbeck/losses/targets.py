@@ -2,7 +2,8 @@
 
 Shape legend: B examples, L positions, C classes; ``(..., C)`` stands for (B, C) or (B, L, C).
 ``p`` is the teacher's and ``q`` the student's distribution at temperature T, ``y`` the label. A position without
-a label (-100) gives 0.
+a label (-100) gives 0. Against top-k targets, a label that is not among the kept classes is one of "all others",
+of which only the sum is known.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import torch
 from torch import Tensor
 
 from limbeck.losses.base import loss
-from limbeck.losses.labels import at_label, known_labels, zero_unless
-from limbeck.losses.logits import (
+from limbeck.losses.distributions import (
     check_share,
     divergence,
     expectation,
@@ -20,6 +20,9 @@ from limbeck.losses.logits import (
     times_squared,
     weighted_sum,
 )
+from limbeck.losses.labels import at_label, zero_unless
+from limbeck.losses.sparse import known_places
+from limbeck.types import TopK
 
 EPSILON = 1e-7
 """Keeps a quotient finite; the number is that of the known code, mmrazor's and ModelOpt's."""
@@ -37,10 +40,10 @@ def _split(log_probs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return binary, others - rest.masked_fill(none, 0.0)
 
 
-@loss
+@loss(sparse=True)
 def dkd(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopK,
     *,
     labels: Tensor,
     alpha: float = 1.0,
@@ -79,14 +82,14 @@ def dkd(
         1, 0.5, T = 1). Its code leaves log space, and is NaN for large logits.
     """
     log_q, log_p = paired_log_probs(student, teacher, temperature)
-    index, counts = known_labels(student, labels)
+    index, counts = known_places(student, teacher, labels)
     (binary_q, others_q), (binary_p, others_p) = _split(log_q, index), _split(log_p, index)
     values = alpha * divergence(binary_p, binary_q) + beta * divergence(others_p, others_q)
     return zero_unless(counts, times_squared(values, temperature))
 
 
-@loss
-def wsld(student: Tensor, teacher: Tensor, *, labels: Tensor, temperature: float | Tensor = 2.0) -> Tensor:
+@loss(sparse=True)
+def wsld(student: Tensor, teacher: Tensor | TopK, *, labels: Tensor, temperature: float | Tensor = 2.0) -> Tensor:
     r"""Soft cross-entropy, weighted less where the student already finds the label more probable than the teacher.
 
     .. math:: -w \, T^2 \sum_c p_c \log q_c,
@@ -118,17 +121,17 @@ def wsld(student: Tensor, teacher: Tensor, *, labels: Tensor, temperature: float
         doubt gives w = 1.
     """
     log_q, log_p = paired_log_probs(student, teacher, temperature)
-    index, counts = known_labels(student, labels)
+    index, counts = known_places(student, teacher, labels)
     own_q, own_p = (-at_label(side, index) for side in paired_log_probs(student.detach(), teacher))
     ratio = torch.where(own_q.isposinf() & own_p.isposinf(), 1.0, own_q / (own_p + EPSILON))
     values = torch.expm1(-ratio) * expectation(log_p, log_q)  # two negative factors
     return zero_unless(counts, times_squared(values, temperature))
 
 
-@loss
+@loss(sparse=True)
 def mft(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopK,
     *,
     labels: Tensor,
     threshold: float = 0.2,
@@ -167,25 +170,30 @@ def mft(
     """
     check_share("threshold", threshold)
     log_q, log_p = paired_log_probs(student, teacher, temperature)
-    index, counts = known_labels(student, labels)
-    corrected = _corrected(log_p.exp(), index, threshold)
+    index, counts = known_places(student, teacher, labels)
+    corrected = _corrected(log_p.exp(), index, threshold, rest=isinstance(teacher, TopK))
     values = weighted_sum(corrected, corrected.log() - log_q)
     return zero_unless(counts, times_squared(values, temperature))
 
 
-def _corrected(p: Tensor, index: Tensor, threshold: float) -> Tensor:
-    """Probabilities (..., C) with just enough of the label mixed in; the largest of equal ones counts as right."""
-    own, best = at_label(p, index), p.amax(dim=-1)
+def _corrected(p: Tensor, index: Tensor, threshold: float, rest: bool = False) -> Tensor:
+    """Probabilities (..., C) with just enough of the label mixed in; the largest of equal ones counts as right.
+
+    Where the last class stands for the `rest`, no class leads by it, and a label among them has a probability
+    that is not known, and small: it is taken for 0.
+    """
+    single = torch.cat([p[..., :-1], torch.zeros_like(p[..., :1])], dim=-1) if rest else p
+    own, best = at_label(single, index), single.amax(dim=-1)
     wrong = (best - own + threshold) / (1 + best - own + EPSILON)
     right = ((own + threshold).clamp(max=1) - own) / (1 - own + EPSILON)
     mixed_in = torch.where(own < best, wrong, right).clamp(0, 1).unsqueeze(-1)
     return (p * (1 - mixed_in)).scatter_add(-1, index.unsqueeze(-1), mixed_in)
 
 
-@loss
+@loss(sparse=True)
 def ofa(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopK,
     *,
     labels: Tensor,
     eps: float = 1.5,
@@ -222,7 +230,7 @@ def ofa(
     if not eps >= 1:
         raise ValueError(f"eps must be at least 1, got {eps}")
     log_q, log_p = paired_log_probs(student, teacher, temperature)
-    index, counts = known_labels(student, labels)
+    index, counts = known_places(student, teacher, labels)
     right = torch.zeros_like(log_p).scatter(-1, index.unsqueeze(-1), 1.0)
     weights = (log_p.exp() + right) ** eps - right
     return zero_unless(counts, times_squared(-weighted_sum(weights, log_q), temperature))

@@ -8,7 +8,7 @@ Shape legend: B examples, L positions, C classes; ``(..., C)`` stands for (B, C)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from limbeck.losses.features import cosine
 from limbeck.losses.labels import at_label, known_labels
 from limbeck.reduce import masked_mean
 from limbeck.registry import Registry, check_options
+from limbeck.types import Sampled, Sparse, TopK
 
-TRANSFORMS: Registry[Callable[..., tuple[Tensor, Tensor]]] = Registry("transform")
+TRANSFORMS: Registry[Callable[..., tuple[Tensor, Any]]] = Registry("transform")
 """Functions ``(student, teacher, *, labels=None, options) -> (student, teacher)``."""
 
 TEMPERATURES: Registry[Callable[..., Tensor]] = Registry("temperature")
@@ -104,13 +105,15 @@ def probability_shift(student: Tensor, teacher: Tensor, *, labels: Tensor | None
 
 @TRANSFORMS.register
 def vocabulary(
-    student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, size: int | None = None
-) -> tuple[Tensor, Tensor]:
+    student: Tensor, teacher: Tensor | Sparse, *, labels: Tensor | None = None, size: int | None = None
+) -> tuple[Tensor, Tensor | Sparse]:
     """Compare the entries that both vocabularies have; what lies beyond (padding) gets no probability.
 
     Args:
         student: Logits (..., C).
-        teacher: Logits (..., C'), for the same tokens in the same order.
+        teacher: Logits (..., C'), for the same tokens in the same order, or a few entries in their place. Of top-k
+            targets, kept entries beyond lose their probability; what padding has of "all others" cannot be told
+            apart, so cut the teacher's logits when the targets are made. Entries drawn beyond lose their weight.
         labels: Not needed.
         size: The number of real entries, the tokenizer's length; by default the smaller of C and C'.
 
@@ -134,18 +137,39 @@ def vocabulary(
             f"a vocabulary of size {size} does not fit a student with {student.shape[-1]} and a teacher with "
             f"{teacher.shape[-1]} entries; give the tokenizer's length, at most {common}"
         )
-    return student[..., :size], teacher.detach()[..., :size]
+    cut = _cut(teacher, size) if isinstance(teacher, Sparse) else teacher.detach()[..., :size]
+    return student[..., :size], cut
+
+
+def _cut(teacher: Sparse, size: int) -> Sparse:
+    """Sparse targets without the entries from `size` on."""
+    beyond = teacher.ids >= size
+    if isinstance(teacher, TopK):
+        values = teacher.values.masked_fill(beyond, -torch.inf)
+        return replace(teacher, ids=teacher.ids.masked_fill(beyond, -1), values=values, size=size)
+    assert isinstance(teacher, Sampled)
+    weights = teacher.weights.masked_fill(beyond.unsqueeze(-1), 0.0)
+    return replace(teacher, ids=teacher.ids.masked_fill(beyond, 0), weights=weights, size=size)
+
+
+OF_SPARSE = frozenset({vocabulary})
+"""The transforms that need not know all of the teacher's logits."""
 
 
 @dataclass(frozen=True)
 class Transform:
     """A registered transform with its options, ready to be called."""
 
-    function: Callable[..., tuple[Tensor, Tensor]]
+    function: Callable[..., tuple[Tensor, Any]]
     options: Mapping[str, Any]
 
-    def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, student: Tensor, teacher: Tensor | Sparse, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | Sparse]:
         """Transform both sides; labels may be None where they are not needed."""
+        if isinstance(teacher, Sparse):
+            _refuse(self.function, teacher, self.function not in OF_SPARSE)
+            return self.function(student, teacher, labels=labels, **self.options)
         return self.function(student, teacher.detach(), labels=labels, **self.options)
 
 
@@ -165,6 +189,14 @@ def build_transform(spec: str | Mapping[str, Any]) -> Transform:
         torch.Size([1, 3])
     """
     return Transform(*_parsed(spec, TRANSFORMS, "labels"))
+
+
+def _refuse(function: Callable[..., Any], teacher: object, wrong: bool) -> None:
+    if wrong:
+        raise ValueError(
+            f"{function.__name__} needs all of the teacher's logits, and these targets hold only some of them "
+            f"({type(teacher).__name__}); leave it out, or keep all logits"
+        )
 
 
 def _parsed(
@@ -281,6 +313,7 @@ class OwnTemperature:
     @torch.no_grad()
     def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         """The temperature of each position, (...,), from both sides' logits (..., C)."""
+        _refuse(self.function, teacher, isinstance(teacher, Sparse))
         return self.function(student, teacher, mask=mask, **self.options)
 
     def __repr__(self) -> str:

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from limbeck.report.format import Scale, measure, one_line, shorten
-from limbeck.report.report import Curve, ModelResult, Report
+from limbeck.report.report import Curve, Interval, ModelResult, Report
 from limbeck.report.svg import BASELINE, STUDENT, TEACHER, panel, style, ticks, to_svg, write_plainly
 from limbeck.report.tables import weight_text
 from limbeck.report.tapmap import tap_map as tap_map
@@ -31,10 +31,11 @@ def quality_against_latency(report: Report) -> str:
     scale = report.scale
     with style():
         figure, axes = panel(WIDTH, HEIGHT)
-        for model, shift in zip(report.models, _shifts(report.models), strict=True):
+        timed = [(model, model.latency_ms) for model in report.models if model.latency_ms is not None]
+        for (model, latency), shift in zip(timed, _shifts([latency for _, latency in timed]), strict=True):
             apart = axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
-            _draw_point(axes, model, scale, apart)
-        slowest = max(model.latency_ms.high for model in report.models)
+            _draw_point(axes, model, latency, scale, apart)
+        slowest = max(latency.high for _, latency in timed)
         axes.set_xlim(0, 1.12 * slowest if slowest > 0 else 1)
         axes.margins(y=0.12)
         axes.autoscale(axis="y")
@@ -43,7 +44,7 @@ def quality_against_latency(report: Report) -> str:
         ticks(axes.xaxis, ",.4g")
         ticks(axes.yaxis, ".4g")
         _legend(figure)
-        said = "; ".join(_point_in_words(model, scale) for model in report.models)
+        said = "; ".join(_point_in_words(model, latency, scale) for model, latency in timed)
         return to_svg(figure, "quality", "Quality against latency", f"{one_line(report.metric)}: {said}.")
 
 
@@ -81,16 +82,16 @@ def scores_over_steps(report: Report) -> str:
         return to_svg(figure, "scores", "Evaluation score over the training steps", said)
 
 
-def _shifts(models: Sequence[ModelResult]) -> list[float]:
+def _shifts(latencies: Sequence[Interval]) -> list[float]:
     """Pixels by which to draw models of the same latency apart, so that no interval hides another."""
-    slowest = max(model.latency_ms.value for model in models)
-    places = [model.latency_ms.value for model in models]
+    places = [latency.value for latency in latencies]
+    slowest = max(places)
     near = [[abs(x - y) <= 0.03 * slowest for y in places] for x in places]
     return [9 * (sum(row[:i]) - (sum(row) - 1) / 2) for i, row in enumerate(near)]
 
 
-def _draw_point(axes: Any, model: ModelResult, scale: Scale, transform: Any) -> None:
-    colour, score, latency = COLOUR[model.role], model.score, model.latency_ms
+def _draw_point(axes: Any, model: ModelResult, latency: Interval, scale: Scale, transform: Any) -> None:
+    colour, score = COLOUR[model.role], model.score
     bars = {"color": colour, "linewidth": 1.4, "transform": transform, "solid_capstyle": "round"}
     x, y = latency.value, scale.factor * score.value
     ends = [scale.factor * score.low, scale.factor * score.high]
@@ -101,9 +102,9 @@ def _draw_point(axes: Any, model: ModelResult, scale: Scale, transform: Any) -> 
     axes.update_datalim([(x, end) for end in ends])  # shifted marks do not count for the axis' range
 
 
-def _point_in_words(model: ModelResult, scale: Scale) -> str:
-    score, latency = scale.write(model.score.value), measure(model.latency_ms.value)
-    return f"{model.role} {score} {scale.ends(model.score)} at {latency} ms"
+def _point_in_words(model: ModelResult, latency: Interval, scale: Scale) -> str:
+    score, time = scale.write(model.score.value), measure(latency.value)
+    return f"{model.role} {score} {scale.ends(model.score)} at {time} ms"
 
 
 def _score_label(report: Report, scale: Scale) -> str:

@@ -57,8 +57,8 @@ class ModelResult:
         metrics: All metrics of the task, the mean over seeds.
         parameters: Number of parameters.
         size_bytes: Bytes of the weights on disk.
-        latency_ms: Milliseconds for one example: median and quartiles.
-        throughput: Examples per second at batch 32: median and quartiles.
+        latency_ms: Milliseconds for one example: median and quartiles; None for a teacher that was not there.
+        throughput: Examples per second at batch 32: median and quartiles; likewise.
         training_seconds: Wall time of its training, the mean over seeds; 0 where it was not trained here.
         teacher_seconds: The share of that time that the teacher's forward passes took.
         examples: Examples that were seen in its trainings, all seeds together.
@@ -71,8 +71,8 @@ class ModelResult:
     metrics: dict[str, float]
     parameters: int
     size_bytes: int
-    latency_ms: Interval
-    throughput: Interval
+    latency_ms: Interval | None
+    throughput: Interval | None
     training_seconds: float = 0.0
     teacher_seconds: float = 0.0
     examples: int = 0
@@ -187,10 +187,13 @@ class Report:
 
     @property
     def speedup(self) -> dict[str, float]:
-        """Teacher over student: latency at batch 1 and throughput at batch 32."""
+        """Teacher over student: latency at batch 1 and throughput at batch 32; empty where one was not timed."""
+        teacher, student = self.teacher, self.student
+        if None in (teacher.latency_ms, teacher.throughput, student.latency_ms, student.throughput):
+            return {}
         return {
-            "latency": self.teacher.latency_ms.value / self.student.latency_ms.value,
-            "throughput": self.student.throughput.value / self.teacher.throughput.value,
+            "latency": _value(teacher.latency_ms) / _value(student.latency_ms),
+            "throughput": _value(student.throughput) / _value(teacher.throughput),
         }
 
     @property
@@ -200,12 +203,13 @@ class Report:
 
     def verdict(self) -> str:
         """The result in one sentence or two."""
-        speed = self.speedup
-        sentence = (
-            f"{self._quality()} at {speed['latency']:.1f}x the speed "
-            f"(batch 1; {speed['throughput']:.1f}x at batch {self.throughput_batch}) "
-            f"and {self.size_ratio:.2f}x the size."
-        )
+        speed, times = self.speedup, ""
+        if speed:
+            times = (
+                f"{speed['latency']:.1f}x the speed (batch 1; {speed['throughput']:.1f}x at batch "
+                f"{self.throughput_batch}) and "
+            )
+        sentence = f"{self._quality()} at {times}{self.size_ratio:.2f}x the size."
         if self.comparison is None:
             return f"{sentence} No plainly trained baseline was run, so what distillation added is not known."
         direction = "" if self.higher_is_better else " A gain counts as positive, although lower is better."
@@ -274,6 +278,11 @@ def gain_in_words(gain: Interval, scale: Scale = POINTS) -> str:
     if gain.high < 0:
         return f"Distillation did worse than plain training: {points}."
     return f"Distillation gave {points} over plain training."
+
+
+def _value(interval: Interval | None) -> float:
+    assert interval is not None
+    return interval.value
 
 
 def _interval(data: Mapping[str, float] | None) -> Interval | None:

@@ -169,7 +169,9 @@ def _row(report: Report, label: str, cell: Callable[[ModelResult], Cell]) -> Row
     return Row(label, [cell(model) for model in report.models])
 
 
-def _measured(interval: Interval) -> Cell:
+def _measured(interval: Interval | None) -> Cell:
+    if interval is None:
+        return Cell("not measured")
     return Cell(write.measure(interval.value), write.measure_ends(interval))
 
 
@@ -269,24 +271,26 @@ def _retention_facts(report: Report, comparison: Comparison) -> list[Fact]:
 
 
 def _speed_facts(report: Report) -> list[Fact]:
-    speed, teacher, student = report.speedup, report.teacher, report.student
-    return [
-        Fact(
-            "Speed-up",
-            write.times(speed["latency"]),
-            f"{write.times(speed['throughput'])} at batch {report.throughput_batch}",
-            "The teacher's median time for one example over the student's, "
-            f"{write.measure(teacher.latency_ms.value)} ms against {write.measure(student.latency_ms.value)} ms, "
-            "on the same machine.",
-        ),
-        Fact(
-            "Size",
-            write.times(report.size_ratio),
-            "",
-            f"The student's weights on disk over the teacher's, {write.size(student.size_bytes)} against "
-            f"{write.size(teacher.size_bytes)}.",
-        ),
-    ]
+    teacher, student = report.teacher, report.student
+    size = Fact(
+        "Size",
+        write.times(report.size_ratio),
+        "",
+        f"The student's weights on disk over the teacher's, {write.size(student.size_bytes)} against "
+        f"{write.size(teacher.size_bytes)}.",
+    )
+    if teacher.latency_ms is None or student.latency_ms is None:
+        return [Fact("Speed-up", NOTHING, "", "Not measured, for the teacher itself was not there."), size]
+    speed = report.speedup
+    times = Fact(
+        "Speed-up",
+        write.times(speed["latency"]),
+        f"{write.times(speed['throughput'])} at batch {report.throughput_batch}",
+        "The teacher's median time for one example over the student's, "
+        f"{write.measure(teacher.latency_ms.value)} ms against {write.measure(student.latency_ms.value)} ms, "
+        "on the same machine.",
+    )
+    return [times, size]
 
 
 def _noise(interval: Interval) -> str:

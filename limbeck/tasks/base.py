@@ -39,6 +39,9 @@ class TaskOptions(Strict):
     augmentation: Texts = Field(
         ("crop", "flip"), description="what training does to images: crop or resized_crop, flip; or nothing"
     )
+    variants: int | None = Field(
+        None, gt=0, description="of each augmented image; they repeat, and the teacher's answers are remembered"
+    )
     metric: str | None = Field(None, description="main metric, if not the task's own")
     max_length: int = Field(128, gt=0, description="tokens after which a text is cut")
     train_examples: int | None = Field(None, gt=0, description="use a random part of the training data")

@@ -47,6 +47,7 @@ class PictureTask:
         splits: Pictures with labels, by split.
         size: Height and width for the models, where the user chose them.
         augmentation: What training does to images.
+        variants: How often each is augmented anew; see `limbeck.Examples`.
     """
 
     name: str
@@ -55,6 +56,7 @@ class PictureTask:
     splits: dict[str, Rows]
     size: int | None = None
     augmentation: tuple[str, ...] = ()
+    variants: int | None = None
 
     def __post_init__(self) -> None:
         check_metrics(self.metrics, len(self.labels))
@@ -87,7 +89,7 @@ class PictureTask:
         if store.bytes() <= KEPT_BYTES:
             store = _Decoded(rows.inputs, rows.labels, store.pixels, [store.image(i) for i in range(len(rows))])
         augment = Augment(self.augmentation, pixels.size, INPUTS) if self.augmentation else None
-        return Examples(store, _Collate(pixels), augment=augment)
+        return Examples(store, _Collate(pixels), augment=augment, variants=self.variants)
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,10 @@ def image(options: TaskOptions) -> PictureTask:
     """
     if options.data is None:
         raise ValueError("the image task needs --data: a folder of class folders, or Parquet with images")
-    check_taken(options, ["data", "label", "image", "size", "augmentation"])
+    check_taken(options, ["data", "label", "image", "size", "augmentation", "variants"])
     check_augmentation(options.augmentation)
     names, splits = read_images(Path(options.data), options.image, options.label)
     metrics = with_first(options.metric, ("accuracy", "macro_f1"))
-    return PictureTask("image", names, metrics, shorten(splits, options), options.size, options.augmentation)
+    return PictureTask(
+        "image", names, metrics, shorten(splits, options), options.size, options.augmentation, options.variants
+    )

@@ -5,6 +5,7 @@ Shape legend: B examples, L tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,19 +55,41 @@ class TextTask:
 
     def encode(self, rows: Rows, processor: Any) -> Examples:
         """Tokenize every example once; batches are padded to their own longest."""
-        columns = list(zip(*rows.inputs, strict=True))
-        if len(columns) > MOST_TEXTS:
-            raise ValueError(f"a model reads one text or a pair of texts, and an example has {len(columns)}")
-        encoded = processor(
-            *[list(c) for c in columns], truncation=True, max_length=self.max_length, padding=False
-        )
-        keys = [k for k in encoded if k in ("input_ids", "token_type_ids", "attention_mask")]
-        items: list[dict[str, Any]] = [
-            {key: np.asarray(encoded[key][i], dtype=np.int64) for key in keys} | {LABELS: label, EXAMPLE_ID: i}
-            for i, label in enumerate(rows.labels)
-        ]
-        lengths = [len(item["input_ids"]) for item in items]
-        return Examples(items, Padding(processor.pad_token_id, regression=not self.labels), lengths)
+        return encode_texts(rows.inputs, rows.labels, processor, self.max_length, regression=not self.labels)
+
+
+def encode_texts(
+    texts: Sequence[tuple[str, ...]],
+    labels: Sequence[float] | None,
+    tokenizer: Any,
+    max_length: int,
+    regression: bool = False,
+) -> Examples:
+    """Tokenize texts or pairs of texts once; batches are padded to their own longest.
+
+    Args:
+        texts: Tuples of one or two texts.
+        labels: A class number or a number to predict for each; None where there are none.
+        tokenizer: What cuts them.
+        max_length: Tokens after which a text is cut.
+        regression: Whether labels are numbers and not classes.
+
+    Raises:
+        ValueError: examples of more than two texts.
+    """
+    columns = list(zip(*texts, strict=True))
+    if len(columns) > MOST_TEXTS:
+        raise ValueError(f"a model reads one text or a pair of texts, and an example has {len(columns)}")
+    encoded = tokenizer(*[list(c) for c in columns], truncation=True, max_length=max_length, padding=False)
+    keys = [k for k in encoded if k in ("input_ids", "token_type_ids", "attention_mask")]
+    items: list[dict[str, Any]] = [
+        {key: np.asarray(encoded[key][i], dtype=np.int64) for key in keys} | {EXAMPLE_ID: i}
+        for i in range(len(texts))
+    ]
+    for i, label in enumerate(() if labels is None else labels):
+        items[i][LABELS] = label
+    lengths = [len(item["input_ids"]) for item in items]
+    return Examples(items, Padding(tokenizer.pad_token_id, regression), lengths)
 
 
 class Padding:
@@ -89,7 +112,7 @@ class Padding:
         self.dtype = torch.float32 if regression else torch.int64
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Make a batch: token columns (B, L), labels and example numbers (B,)."""
+        """Make a batch: token columns (B, L), labels if there are any, and example numbers (B,)."""
         longest = max(len(item["input_ids"]) for item in items)
         batch = {}
         for key in items[0].keys() - {LABELS, EXAMPLE_ID}:
@@ -97,6 +120,7 @@ class Padding:
             for row, item in zip(padded, items, strict=True):
                 row[: len(item[key])] = item[key]
             batch[key] = torch.from_numpy(padded)
-        batch[LABELS] = torch.tensor([item[LABELS] for item in items], dtype=self.dtype)
+        if LABELS in items[0]:
+            batch[LABELS] = torch.tensor([item[LABELS] for item in items], dtype=self.dtype)
         batch[EXAMPLE_ID] = torch.tensor([item[EXAMPLE_ID] for item in items])
         return batch

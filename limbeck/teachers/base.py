@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from limbeck.types import Batch, Signal
@@ -32,3 +32,29 @@ class Identified(Protocol):
     def identity(self) -> Mapping[str, Any]:
         """All that determines its signals but the batch, as flat JSON: two teachers that agree in it are one."""
         ...
+
+
+@runtime_checkable
+class Combined(Protocol):
+    """A teacher that stands on others: one for each task, several mixed, one that is remembered."""
+
+    def members(self) -> Iterable[Teacher]:
+        """Those that it asks."""
+        ...
+
+
+def within(teacher: Teacher | None) -> Iterator[Teacher]:
+    """A teacher and all that it stands on, itself first.
+
+    Example:
+        >>> from torch import nn
+        >>> from limbeck.teachers import ByTask
+        >>> [type(t).__name__ for t in within(ByTask({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)}))]
+        ['ByTask', 'ModuleTeacher', 'ModuleTeacher']
+    """
+    if teacher is None:
+        return
+    yield teacher
+    if isinstance(teacher, Combined):
+        for member in teacher.members():
+            yield from within(member)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.batch import ATTENTION_MASK, take
+from limbeck.batch import ATTENTION_MASK, batch_size, take
 from limbeck.cache import (
     Dense,
     Form,
@@ -17,7 +17,6 @@ from limbeck.cache import (
     TopKForm,
     describe,
     example_keys,
-    examples_in,
     first_difference,
     kept_by,
     read_manifest,
@@ -87,6 +86,10 @@ class Cached:
         """What the teacher, or the store, has."""
         return self.store.taps() if self.teacher is None else self.teacher.names()
 
+    def members(self) -> Iterable[Teacher]:
+        """The teacher, if there is one."""
+        return () if self.teacher is None else (self.teacher,)
+
     def identity(self) -> Mapping[str, Any]:
         """What the teacher's signals depend on, and in which form they are kept.
 
@@ -116,9 +119,20 @@ class Cached:
             ValueError: there is no teacher, and some examples are not kept; or a tap is kept in another form.
         """
         if not self._keeping and self.teacher is not None:
-            self.asked += examples_in(batch)
-            self.computed += examples_in(batch)
+            self.asked += batch_size(batch)
+            self.computed += batch_size(batch)
             return self.teacher.signal(batch, wants)
+        keys, mask = self._ask(batch, wants)
+        device = _device(batch)
+        found = self.store.read(keys, wants, mask)
+        return Signal({tap: value.to(device, non_blocking=True) for tap, value in found.items()})
+
+    def learn(self, batch: Batch, wants: Sequence[str]) -> None:
+        """Let the teacher compute what is not kept yet of a batch, and read nothing."""
+        self._ask(batch, wants)
+
+    def _ask(self, batch: Batch, wants: Sequence[str]) -> tuple[list[bytes], Tensor | None]:
+        """See to it that all of a batch is kept; return its examples' keys, and where their positions are."""
         mask = batch.get(ATTENTION_MASK)
         mask = mask.detach().cpu() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         keys = [key.tobytes() for key in example_keys(batch)]
@@ -127,9 +141,7 @@ class Cached:
         self.asked += len(keys)
         if missing:
             self._compute(batch, keys, missing, wants, mask)
-        device = _device(batch)
-        found = self.store.read(keys, wants, mask)
-        return Signal({tap: value.to(device, non_blocking=True) for tap, value in found.items()})
+        return keys, mask
 
     def _compute(
         self, batch: Batch, keys: Sequence[bytes], places: list[int], wants: Sequence[str], mask: Tensor | None

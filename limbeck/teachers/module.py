@@ -12,14 +12,15 @@ from torch import nn
 from limbeck.batch import positional
 from limbeck.cache import module_identity
 from limbeck.taps import OUTPUT_NAMES, Read, Recorder, Tap, requested_outputs, resolve
-from limbeck.types import EXAMPLE_ID, INPUTS, LABELS, Batch, Signal
+from limbeck.types import EXAMPLE_ID, INPUTS, LABELS, TASK, Batch, Signal
 
 
 class ModuleInputs:
     """Calls a model with what it takes from a batch.
 
     A batch holds more than one model wants: labels, example numbers, inputs of the other model. Only the
-    parameters that the model's ``forward`` names are passed; a forward that takes ``**kwargs`` alone gets all.
+    parameters that the model's ``forward`` names are passed; a forward that takes ``**kwargs`` alone, or beside
+    ``task``, gets all.
 
     Args:
         model: The model to call.
@@ -39,7 +40,7 @@ class ModuleInputs:
 
     def select(self, batch: Batch) -> dict[str, Any]:
         """The entries of the batch that the model takes by name."""
-        takes_all = self.is_open and not self.named
+        takes_all = self.is_open and not self.named - {TASK}
         reserved = {EXAMPLE_ID, LABELS} | ({INPUTS} if positional(batch) else set())
         return {k: v for k, v in batch.items() if k not in reserved and (takes_all or k in self.named)}
 
@@ -54,11 +55,11 @@ class ModuleInputs:
         extra = {key: value for key, value in extra.items() if self.is_open or key in self.named}
         return self.model(*given, **inputs, **extra)
 
-    def alone(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    def alone(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Any:
         """Call the model as its user would, with labels if it takes them, and without what it cannot take."""
         if LABELS not in named and len(inputs) > max(1, self.places):
             inputs = inputs[:-1]
-        unknown = {EXAMPLE_ID, LABELS} - self.named
+        unknown = {EXAMPLE_ID, LABELS, TASK} - self.named
         known = {k: v for k, v in named.items() if k in self.named or (self.is_open and k not in unknown)}
         return self.model(*inputs, **known)
 

@@ -3,6 +3,7 @@
 from limbeck.train.callbacks import Callback, JsonLog, State, read_log
 from limbeck.train.data import Examples
 from limbeck.train.loop import FitResult, fit
+from limbeck.train.mixing import Mixed
 from limbeck.train.predict import Predictions, predict
 from limbeck.train.settings import Settings
 
@@ -11,6 +12,7 @@ __all__ = [
     "Examples",
     "FitResult",
     "JsonLog",
+    "Mixed",
     "Predictions",
     "Settings",
     "State",

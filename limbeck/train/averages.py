@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,11 +38,11 @@ class StepTotals:
 
 
 class Averages:
-    """Sums of each term over the steps since the last line of the log."""
+    """Sums of each term over the steps since the last line of the log that had it."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.steps = 0
+        self.steps: dict[str, int] = {}
 
     def add(self, terms: Mapping[str, Tensor], share: float) -> None:
         """Add what one micro-batch gives to the terms of its step."""
@@ -50,16 +50,22 @@ class Averages:
             value = value * share
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
+    def end_step(self, names: Iterable[str]) -> None:
+        """Count a step with these terms; where there are several tasks, not every step has all."""
+        for name in names:
+            self.steps[name] = self.steps.get(name, 0) + 1
+
     def means(self, accelerator: Any) -> dict[str, float]:
-        """The mean of each term over steps and ranks; this waits for the device."""
+        """The mean of each term over its steps and the ranks; this waits for the device."""
         if not self.sums:
             return {}
-        values = torch.stack([value.float() for value in self.sums.values()]) / self.steps
+        values = torch.stack([value.float() for value in self.sums.values()])
+        values = values / torch.tensor([self.steps[name] for name in self.sums], device=values.device)
         return dict(zip(self.sums, accelerator.reduce(values, "mean").tolist(), strict=True))
 
     def reset(self) -> None:
         """Begin anew, after a line was written."""
-        self.sums, self.steps = {}, 0
+        self.sums, self.steps = {}, {}
 
     def kept(self) -> dict[str, Any]:
         """What a checkpoint holds of this; each rank has sums of its own."""
@@ -68,4 +74,4 @@ class Averages:
     def restore(self, kept: Mapping[str, Any], device: torch.device) -> None:
         """Go on from what `kept` gave."""
         self.sums = {name: value.to(device) for name, value in kept["sums"].items()}
-        self.steps = kept["steps"]
+        self.steps = dict(kept["steps"])

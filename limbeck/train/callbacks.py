@@ -31,7 +31,7 @@ class State:
         terms: Unweighted terms, likewise.
         weights: What each term is multiplied by now, schedules and balance included.
         gradients: Where they were measured: each term's share of the gradient and its cosine with all the others'.
-        scores: The last evaluation's metrics.
+        scores: The last evaluation's metrics, by name; of several tasks ``"rte/accuracy"``, and the ``"mean"``.
         best_score: The best main metric so far, or None.
         best_step: Where it was reached.
         stale: Evaluations since then.
@@ -66,7 +66,7 @@ class State:
     KEPT: ClassVar[tuple[str, ...]] = (
         *("step", "epoch", "position", "seconds", "teacher_seconds", "examples"),
         "teacher_examples",
-        *("best_score", "best_step", "stale", "history", "stop"),
+        *("scores", "best_score", "best_step", "stale", "history", "stop"),
     )
 
     def kept(self) -> dict[str, Any]:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
-from limbeck.batch import as_batch, batch_size, rows
+from limbeck.batch import as_batch, batch_size, collated, rows
 from limbeck.train.settings import Settings
 from limbeck.types import Batch
 
@@ -51,6 +51,8 @@ class Examples:
         collate: Makes a batch of a list of examples.
         lengths: Length of each example, to batch like with like; None where all are equally long.
         augment: Changes an example for training, by what it draws from the generator.
+        variants: How many times an example is drawn anew before the draws repeat, epoch by epoch and whatever the
+            seed, so that what a teacher says of them can be remembered; None for never.
 
     Example:
         >>> Examples([{"x": torch.tensor(1.0)}, {"x": torch.tensor(2.0)}]).batch([0, 1])
@@ -58,9 +60,10 @@ class Examples:
     """
 
     items: Indexed
-    collate: Callable[[list[Any]], Any] = default_collate
+    collate: Callable[[list[Any]], Any] = collated
     lengths: Sequence[int] | None = None
     augment: Callable[[Any, np.random.Generator], Any] | None = None
+    variants: int | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -79,7 +82,9 @@ class Examples:
         item = self.items[index]
         if training is None or self.augment is None:
             return item
-        return self.augment(item, np.random.default_rng((*training, index, AUGMENTATION)))
+        seed, epoch = training
+        drawn_by = (seed, epoch) if self.variants is None else (epoch % self.variants,)
+        return self.augment(item, np.random.default_rng((*drawn_by, index, AUGMENTATION)))
 
 
 def cut(count: int, parts: int) -> list[tuple[int, int]]:
@@ -136,8 +141,8 @@ class Batches(Protocol):
         """The steps of one epoch, from the one numbered `skip` on."""
         ...
 
-    def sample(self) -> Batch:
-        """A small batch to check models on."""
+    def samples(self) -> list[Batch]:
+        """Small batches to check models on: one of each task."""
         ...
 
 
@@ -182,9 +187,9 @@ class ExampleBatches:
             training = self.settings.seed, number
             yield Step([self.data.batch(part or indices[:1], training) for part in own], len(indices), share)
 
-    def sample(self) -> Batch:
+    def samples(self) -> list[Batch]:
         """See `Batches`."""
-        return self.data.batch(range(min(2, len(self.data))))
+        return [self.data.batch(range(min(2, len(self.data))))]
 
 
 class LoaderBatches:
@@ -217,9 +222,9 @@ class LoaderBatches:
             own = [rows(batch, a, b) if share else rows(batch, 0, 1) for a, b in ranges]
             yield Step(own, count, share)
 
-    def sample(self) -> Batch:
+    def samples(self) -> list[Batch]:
         """See `Batches`."""
-        return rows(next(self._draw(0)), 0, 2)
+        return [rows(next(self._draw(0)), 0, 2)]
 
     def _draw(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch; the training's generators are put back between them."""
@@ -267,13 +272,18 @@ def as_batches(data: Any, settings: Settings, rank: int = 0, world: int = 1) -> 
     """Make batches of `Examples`, a DataLoader, or a data set (a list too) with a length and an index.
 
     Raises:
-        TypeError: none of these.
+        TypeError: none of these; also a dict of data sets, which is no list of examples.
         ValueError: there are no examples.
     """
     if isinstance(data, Examples):
         return ExampleBatches(data, settings, rank, world)
     if isinstance(data, DataLoader):
         return LoaderBatches(data, settings, rank, world)
+    if isinstance(data, Mapping):
+        raise TypeError(
+            f"a {type(data).__name__} of {', '.join(map(repr, data))} is no training data; pass one of its parts, "
+            "or for several tasks limbeck.Mixed({task: data})"
+        )
     if isinstance(data, Indexed):
         return ExampleBatches(Examples(data), settings, rank, world)
     raise TypeError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +17,13 @@ import torch
 from limbeck.balance import interference
 from limbeck.batch import to_device
 from limbeck.distiller import Distiller
-from limbeck.metrics import Metric, get_metric
 from limbeck.train.averages import TOTAL, Averages, StepTotals
 from limbeck.train.callbacks import Callback, State, TrackerLog
-from limbeck.train.data import Batches, Step, as_batches
-from limbeck.train.predict import predict
+from limbeck.train.data import Batches, Step
+from limbeck.train.mixing import MixedBatches, train_batches
 from limbeck.train.ranks import Interrupts, any_without_gradient, start_accelerator
 from limbeck.train.saving import Checkpointer, identity
+from limbeck.train.scoring import MetricLike, Scoring
 from limbeck.train.settings import Settings
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,6 +42,7 @@ class FitResult:
         history: ``(step, main metric)`` of each evaluation.
         best_score: The best of them.
         stopped: Why it ended.
+        scores: The last evaluation's metrics, of several tasks each with its own.
     """
 
     steps: int
@@ -52,6 +53,7 @@ class FitResult:
     history: list[tuple[int, float]] = field(default_factory=list)
     best_score: float | None = None
     stopped: str = "done"
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 def fit(
@@ -60,7 +62,7 @@ def fit(
     eval_data: Any = None,
     settings: Settings | None = None,
     *,
-    metric: str | Metric = "accuracy",
+    metric: MetricLike | Mapping[str, MetricLike] = "accuracy",
     callbacks: Sequence[Callback] = (),
     folder: Path | str | None = None,
 ) -> FitResult:
@@ -68,10 +70,11 @@ def fit(
 
     Args:
         distiller: Student, teacher and terms. Its student is trained in place.
-        train_data: A data set with a length and an index, a DataLoader, or `Examples`.
-        eval_data: The same, for evaluations on the way; None for none.
+        train_data: A data set with a length and an index, a DataLoader, or `Examples`; of several tasks, `Mixed`.
+        eval_data: The same, for evaluations on the way; of several tasks as ``{task: data}``. None for none.
         settings: How to train.
-        metric: What evaluations measure; with its direction it chooses the best model.
+        metric: What evaluations measure; with its direction it chooses the best model. Of several tasks one for
+            all, or ``{task: metric}``; the mean chooses.
         callbacks: What watches.
         folder: Where checkpoints go. If it holds one, training goes on from there; the result is bit for bit that
             of a training that was never interrupted. One that had stopped is not trained on. None for no
@@ -99,7 +102,8 @@ def fit(
     settings = settings or Settings()
     if eval_data is None and (settings.best or settings.patience is not None):
         raise ValueError("best and patience choose by evaluations; pass eval_data, or leave them out")
-    training = _Training(distiller, settings, get_metric(metric), eval_data, folder)
+    scoring = None if eval_data is None else Scoring(eval_data, metric)
+    training = _Training(distiller, settings, scoring, folder)
     return training.run(train_data, callbacks)
 
 
@@ -110,14 +114,12 @@ class _Training:
         self,
         distiller: Distiller,
         settings: Settings,
-        metric: Metric,
-        eval_data: Any,
+        scoring: Scoring | None,
         folder: Path | str | None,
     ) -> None:
         self.distiller = distiller
         self.settings = settings
-        self.metric = metric
-        self.eval_data = eval_data
+        self.scoring = scoring
         self.folder = None if folder is None else Path(folder)
         self.accelerator = start_accelerator(settings, self.folder)
         device = self.accelerator.device.type
@@ -148,16 +150,20 @@ class _Training:
         settings, accelerator = self.settings, self.accelerator
         seed_everything(settings.seed)
         rank, world = accelerator.process_index, accelerator.num_processes
-        batches = as_batches(train_data, settings, rank, world)
+        batches = train_batches(train_data, settings, rank, world)
+        tasks, mixture = (batches.tasks, batches.described()) if isinstance(batches, MixedBatches) else ((), {})
+        if self.scoring is not None:
+            self.scoring.check(self.distiller, tasks)
         self.distiller.to(accelerator.device)
-        sample = to_device(batches.sample(), accelerator.device)
-        self.distiller.preflight(sample)
+        samples = [to_device(sample, accelerator.device) for sample in batches.samples()]
+        for sample in samples:
+            self.distiller.preflight(sample)
         if settings.compile:
             self.distiller.compile_student()
         if world > 1:
             from accelerate import DistributedDataParallelKwargs
 
-            unused = any_without_gradient(self.distiller, sample)
+            unused = any(any_without_gradient(self.distiller, sample) for sample in samples)
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
         optimizer = settings.build_optimizer(self.distiller.student, self.distiller.objective)
         self.model, self.optimizer = accelerator.prepare(self.distiller, optimizer)
@@ -171,7 +177,7 @@ class _Training:
             self.state,
             self.averages,
             settings,
-            identity(settings, self.distiller, len(batches), total, world),
+            identity(settings, self.distiller, len(batches), total, world) | mixture,
             self.folder,
         )
         seed_everything(settings.seed + rank)
@@ -224,7 +230,7 @@ class _Training:
         state.position += 1
         state.learning_rate = settings.learning_rate * factor
         state.examples += step.examples
-        self.averages.steps += 1
+        self.averages.end_step((*output.terms, TOTAL))
         self._observe(observed)
 
     def _measures(self) -> bool:
@@ -242,11 +248,11 @@ class _Training:
         self.distiller.objective.observe(values, products if its_turn else None)
         every = self.settings.gradients_every
         if products is not None and every is not None and step % every == 0:
-            weights = [float(weight) for weight in self.state.weights.values()]
+            weights = [float(self.state.weights[name]) for name in values]
             shares, cosines = interference(products, weights)
             self.state.gradients = {
-                "share": dict(zip(self.state.weights, shares, strict=True)),
-                "cosine": dict(zip(self.state.weights, cosines, strict=True)),
+                "share": dict(zip(values, shares, strict=True)),
+                "cosine": dict(zip(values, cosines, strict=True)),
             }
             self._call("on_gradients")
 
@@ -268,8 +274,8 @@ class _Training:
         if due or save or self.interrupted:
             self._term_means()
             self._check_weights()
-        if due and self.eval_data is not None:
-            self._evaluate()
+        if due and self.scoring is not None:
+            self._evaluate(self.scoring)
             self._agree()
         if save or self.stopped or self.interrupted:
             self._save()
@@ -349,12 +355,12 @@ class _Training:
                 )
         return means
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, scoring: Scoring) -> None:
         state = self.state
-        score = self._score()
-        state.scores = {self.metric.name: score}
+        state.scores = self._scores(scoring)
+        score = state.scores[scoring.name]
         state.history.append((state.step, score))
-        if self.metric.better(score, state.best_score):
+        if scoring.better(score, state.best_score):
             state.best_score, state.best_step, state.stale = score, state.step, 0
             self.files.keep_best()
         else:
@@ -363,26 +369,20 @@ class _Training:
             state.stop = state.stop or f"no better score in {state.stale} evaluations"
         self._call("on_evaluate")
 
-    def _score(self) -> float:
-        """The main metric; rank 0's on every rank, for the last bit of a logit may differ between them."""
-        predictions = predict(
-            self.distiller.student,
-            self.eval_data,
-            batch_size=self.settings.batch_size,
-            read=self.distiller.read,
-            device=self.accelerator.device,
-        )
-        if np.isnan(predictions.logits).any():
+    def _scores(self, scoring: Scoring) -> dict[str, float]:
+        """All metrics; rank 0's on every rank, for the last bit of a logit may differ between them."""
+        try:
+            scores = scoring.scores(self.distiller, self.settings.batch_size, self.accelerator.device)
+        except FloatingPointError as error:
             raise FloatingPointError(
-                f"the student's logits are NaN in the evaluation at step {self.state.step}; lower the learning "
-                f"rate or set clip. {self.files.last_good()}"
-            )
-        score = self.metric(predictions.logits, predictions.labels)
+                f"{error} in the evaluation at step {self.state.step}; lower the learning rate or set clip. "
+                f"{self.files.last_good()}"
+            ) from None
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
-            score = float(broadcast_object_list([score])[0])
-        return score
+            scores = broadcast_object_list([scores])[0]
+        return scores
 
     def _check_weights(self) -> None:
         """A gradient can spoil the weights after a loss that was still finite; keep such weights out."""
@@ -410,6 +410,7 @@ class _Training:
             state.history,
             state.best_score,
             state.stop or "done",
+            state.scores,
         )
 
     def _trackers(self) -> list[Callback]:

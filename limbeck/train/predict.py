@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from limbeck.batch import as_batch, to_device
+from limbeck.batch import as_batch, to_device, view
 from limbeck.metrics import Array
 from limbeck.taps import Read, read_output
 from limbeck.teachers import ModuleInputs
 from limbeck.train.data import Examples, Indexed
-from limbeck.types import LABELS, Batch
+from limbeck.types import LABELS, STUDENT, TASK, Batch
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ def predict(
     batch_size: int = 32,
     read: Read | None = None,
     device: torch.device | None = None,
+    side: str = STUDENT,
+    task: str | None = None,
 ) -> Predictions:
     """Run a model over a data set in eval mode.
 
@@ -68,6 +70,8 @@ def predict(
         batch_size: Examples at a time, where `data` is not batched.
         read: Names the model's outputs where they have no names.
         device: Where the batches go; by default where the model is.
+        side: Whose inputs the model is given, where a batch has some for ``"student"`` and ``"teacher"`` each.
+        task: The task that the data belongs to, for a model that has several.
 
     Returns:
         Logits and labels, float64 and the labels' own type, in the order of the data.
@@ -85,8 +89,10 @@ def predict(
     was_training = model.training
     model.eval()
     logits, labels = [], []
-    for batch in eval_batches(data, batch_size):
-        output = call(to_device(batch, device))
+    for whole in eval_batches(data, batch_size):
+        batch = view(whole, side)
+        placed = to_device(batch, device)
+        output = call(placed if task is None else {**placed, TASK: task})
         logits.append(read_output(output, read)["logits"].float().cpu().numpy())
         if LABELS not in batch:
             raise ValueError(f"the evaluation data has no labels, only {sorted(batch)}")

@@ -7,8 +7,8 @@ import torch
 
 from limbeck.losses import LOSSES
 from limbeck.losses.base import squared_length
+from limbeck.losses.distributions import weighted_sum
 from limbeck.losses.labels import all_within, finite
-from limbeck.losses.logits import weighted_sum
 from limbeck.losses.relations import from_products
 from tests.golden_cases import INPUTS, generate
 

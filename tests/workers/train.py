@@ -1,7 +1,7 @@
 """A small training in a process of its own, to be launched on several ranks or killed.
 
 python train.py OUT.safetensors --ranks N [--folder DIR] [--accumulation N] [--dropout P] [--steps N]
-    [--examples N] [--kill-at STEP] [--stop-at STEP] [--interrupt-at STEP RANK] [--best]
+    [--examples N] [--kill-at STEP] [--stop-at STEP] [--interrupt-at STEP RANK] [--best] [--cache DIR]
 """
 
 import argparse
@@ -15,7 +15,9 @@ from accelerate import Accelerator
 from transformers import BertConfig, BertForSequenceClassification
 
 from limbeck import Callback, Distiller, Examples, Settings, Term, fit
+from limbeck.cache import Store
 from limbeck.tasks.text import Padding
+from limbeck.teachers import Cached, ModuleTeacher
 from limbeck.train.checkpoint import save_weights
 
 WORDS, CLASSES = 60, 3
@@ -48,13 +50,15 @@ def model(layers, hidden, dropout, seed):
     return BertForSequenceClassification(config)
 
 
-def distiller(dropout=0.0):
+def distiller(dropout=0.0, cache=None):
     terms = [
         Term("logits", loss="forward_kl", temperature=2.0, name="kd"),
         Term("bert.encoder.layer.0", "bert.encoder.layer.1", loss="mse", project="linear", name="hidden"),
         Term("labels", loss="cross_entropy", weight=0.5),
     ]
-    return Distiller(model(1, 16, dropout, seed=1), model(2, 24, 0.0, seed=2), terms)
+    teacher = model(2, 24, 0.0, seed=2)
+    source = teacher if cache is None else Cached(ModuleTeacher(teacher), Store({}, cache))
+    return Distiller(model(1, 16, dropout, seed=1), source, terms)
 
 
 class StopAt(Callback):
@@ -109,6 +113,7 @@ def main():
     parser.add_argument("--examples", type=int, default=37)
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--best", action="store_true")
+    parser.add_argument("--cache", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     settings = Settings(
@@ -122,7 +127,7 @@ def main():
         log_every=2,
         best=arguments.best,
     )
-    trained = distiller(arguments.dropout)
+    trained = distiller(arguments.dropout, arguments.cache)
     callbacks = [KillAt(arguments.kill_at)] if arguments.kill_at else []
     callbacks += [StopAt(arguments.stop_at)] if arguments.stop_at else []
     if arguments.interrupt_at:

@@ -1,0 +1,263 @@
+"""The teacher of a run: a model in this process, or a cache that holds all it said."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from limbeck.atomic import write_tensors, write_text
+from limbeck.cache import Store, example_keys, json_digest, read_manifest
+from limbeck.evaluate import count_parameters, size_in_bytes
+from limbeck.metrics import Array
+from limbeck.models import fingerprint, make_student, save_model
+from limbeck.pairing import Layers, layers_of
+from limbeck.pretrained import load_tokenizer, most_tokens
+from limbeck.recipe import StudentSpec
+from limbeck.tasks import TRAIN, Loaded, Task
+from limbeck.tasks.pixels import PREPROCESSOR, load_pixels
+from limbeck.teachers import Cached, ModuleTeacher, Teacher
+from limbeck.train import Examples
+
+KEPT = "cache:"
+"""How a recipe's teacher begins of which only a cache is there."""
+
+FOLDER, START, ABOUT, ANSWERS = "teacher", "student", "about.json", "answers.safetensors"
+TOKENIZER, CONFIG = "tokenizer_config.json", "config.json"
+COUNTED_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class About:
+    """What a run has to know of a teacher beside what it says.
+
+    Attributes:
+        task: The task's name.
+        labels: Names of the classes, in the order of the logits.
+        data: Hashes of the splits that it answered, by name.
+        parameters: Number of its parameters.
+        size_bytes: Bytes of its weights.
+        most_tokens: How many tokens it reads; None where there is no limit.
+        layers: Where its layers are, and its modules.
+        taken: Its layers that the student beside it begins with, if it does.
+    """
+
+    task: str
+    labels: tuple[str, ...]
+    data: dict[str, str]
+    parameters: int
+    size_bytes: int
+    most_tokens: int | None
+    layers: Layers
+    taken: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class LiveTeacher:
+    """A teacher whose model is in this process."""
+
+    loaded: Loaded
+
+    @property
+    def processor(self) -> Any:
+        """What encodes its inputs."""
+        return self.loaded.processor
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The model, to be evaluated and timed."""
+        return {"teacher": self.loaded.model}
+
+    def about(self, task: Task, path: str | None = None) -> About:
+        """What a run has to know of it; `path` says where it keeps its layers, if that cannot be found."""
+        model = self.loaded.model
+        data = {name: rows.fingerprint() for name, rows in task.splits.items() if name != TRAIN}
+        layers = layers_of(model, path)
+        sizes = count_parameters(model), size_in_bytes(model), most_tokens(model)
+        return About(task.name, tuple(task.labels), data, *sizes, layers)
+
+    def source(self) -> Teacher:
+        """What says something to a student."""
+        return ModuleTeacher(self.loaded.model)
+
+    def student(self, spec: StudentSpec, task: Task, seed: int) -> Loaded:
+        """Make the student; see `limbeck.models.make_student`."""
+        return make_student(spec, task, self.loaded, seed)
+
+
+@dataclass(frozen=True)
+class KeptTeacher:
+    """A teacher that is not here, with a cache of all it said.
+
+    Attributes:
+        folder: The cache.
+        store: What is in it.
+        described: What is known of the teacher.
+        processor: What encoded its inputs.
+        answers: Its predictions by evaluation split.
+    """
+
+    folder: Path
+    store: Store
+    described: About
+    processor: Any
+    answers: dict[str, Array]
+
+    @classmethod
+    def open(cls, source: str, task: Task) -> KeptTeacher:
+        """Open ``cache:DIR``.
+
+        Raises:
+            ValueError: no cache, one that was not built to the end, or one of another task, other labels or other
+                evaluation data.
+        """
+        folder = Path(source.removeprefix(KEPT)).expanduser()
+        store = Store(read_manifest(folder), folder)
+        own = folder / FOLDER
+        if not (own / ABOUT).is_file():
+            raise ValueError(
+                f"{folder} holds signals and no teacher to stand for; finish it with limbeck cache build"
+            )
+        described = _read_about(own / ABOUT)
+        _check_task(folder, described, task)
+        answers = {name: tensor.numpy() for name, tensor in load_file(own / ANSWERS).items()}
+        return cls(folder, store, described, _load_processor(own), answers)
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """None."""
+        return {}
+
+    def about(self, task: Task, path: str | None = None) -> About:
+        """What a run has to know of it."""
+        return self.described
+
+    def source(self) -> Teacher:
+        """What says something to a student."""
+        return Cached(None, self.store)
+
+    def student(self, spec: StudentSpec, task: Task, seed: int) -> Loaded:
+        """Make the student, from the start that was kept with the cache or from a model of its own.
+
+        Raises:
+            ValueError: other layers than those that were kept.
+        """
+        here = Loaded(nn.Identity(), self.processor, head_is_trained=True)
+        if spec.layers is None:
+            return make_student(spec, task, here, seed)
+        if spec.layers != self.described.taken:
+            kept = "none" if self.described.taken is None else list(self.described.taken)
+            raise ValueError(
+                f"layers {list(spec.layers)} come from the teacher's weights, which are not here; {self.folder} "
+                f"keeps those of {kept}: build it with a recipe that takes these, or name a model as the student"
+            )
+        return make_student(StudentSpec(model=str(self.folder / START)), task, here, seed)
+
+    def check_holds(self, data: Examples, wants: Sequence[str]) -> None:
+        """Count the examples that are not in the cache, before anything is trained.
+
+        Raises:
+            ValueError: there are some; the message says how many.
+        """
+        starts = range(0, len(data), COUNTED_AT_ONCE)
+        keys = (
+            key.tobytes()
+            for variant in range(data.variants or 1)
+            for start in starts
+            for key in example_keys(data.batch(range(len(data))[start : start + COUNTED_AT_ONCE], (0, variant)))
+        )
+        missing = sum(not all(self.store.holds(key, tap) for tap in wants) for key in keys)
+        if missing:
+            raise ValueError(
+                f"{missing:,} of {len(data):,} training examples are not in {self.folder}, and there is no "
+                "teacher to ask; build it again from this recipe (what is there stays), or name the teacher itself"
+            )
+
+
+def is_kept(source: str) -> bool:
+    """Whether a recipe's teacher is a cache.
+
+    Example:
+        >>> is_kept("cache:signals"), is_kept("bert-base-uncased")
+        (True, False)
+    """
+    return source.startswith(KEPT)
+
+
+def teacher_fingerprint(source: str) -> str:
+    """A hash of what makes a teacher, which may be a cache; see `limbeck.models.fingerprint`."""
+    if is_kept(source):
+        return json_digest(read_manifest(Path(source.removeprefix(KEPT)).expanduser()))
+    return fingerprint(source)
+
+
+def keep_teacher(
+    folder: Path, teacher: LiveTeacher, task: Task, spec: StudentSpec, answers: Mapping[str, Array]
+) -> None:
+    """Lay beside a cache what a run has to know of its teacher, and the start of a student made of its layers.
+
+    Args:
+        folder: The cache.
+        teacher: The teacher.
+        task: The task that it was asked about.
+        spec: The student that the recipe wants.
+        answers: The teacher's predictions by evaluation split.
+    """
+    own = folder / FOLDER
+    own.mkdir(exist_ok=True)
+    if teacher.processor is not None:
+        teacher.processor.save_pretrained(own)
+    taken = spec.layers
+    if taken is not None:
+        save_model(teacher.student(spec, task, seed=0).model, teacher.processor, folder / START)
+        taken = taken if (folder / START / CONFIG).is_file() else None  # else nothing can load it again
+    write_tensors(own / ANSWERS, {name: torch.from_numpy(logits) for name, logits in answers.items()})
+    about = dataclasses.replace(teacher.about(task, spec.path), taken=taken)
+    write_text(own / ABOUT, json.dumps(dataclasses.asdict(about), indent=2))
+
+
+def _read_about(path: Path) -> About:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found |= {"labels": tuple(found["labels"]), "layers": Layers(**_tuples(found["layers"]))}
+        found["taken"] = None if found["taken"] is None else tuple(found["taken"])
+        return About(**found)
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged; finish the cache again with limbeck cache build") from None
+
+
+def _tuples(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+
+
+def _check_task(folder: Path, about: About, task: Task) -> None:
+    if tuple(task.labels) != about.labels:
+        raise ValueError(
+            f"the teacher in {folder} answers with the labels {list(about.labels)}, and the task has "
+            f"{list(task.labels)} in this order; take the cache of a teacher of this task"
+        )
+    for name, rows in task.splits.items():
+        if name in about.data and rows.fingerprint() != about.data[name]:
+            raise ValueError(
+                f"the teacher in {folder} answered another {name} split of {about.task}; its score cannot be "
+                "compared with the student's: use the data it was built with, or build it again"
+            )
+
+
+def _load_processor(folder: Path) -> Any:
+    if (folder / TOKENIZER).is_file():
+        return load_tokenizer(folder)
+    return load_pixels(folder) if (folder / PREPROCESSOR).is_file() else None
+
+
+def wanted(terms: Iterable[Any]) -> list[str]:
+    """The teacher's taps that planned terms read."""
+    taps = (tap for planned in terms if not planned.term.reads_labels for tap in planned.term.teacher_taps)
+    return list(dict.fromkeys(taps))

@@ -1,0 +1,228 @@
+"""A cache that is built once and then stands for its teacher."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import limbeck
+from limbeck import cli
+from limbeck.building import build_cache
+from limbeck.cache import Store, read_manifest
+from limbeck.recipe import Recipe
+from tests import tiny
+
+
+def recipe(place, **changes):
+    return {
+        "task": {"name": "table", "data": str(place / "data.csv"), "text": ["text"], "label": "label"},
+        "teacher": {"model": str(place / "teacher"), "training": {"steps": 2}},
+        "student": {"layers": [0]},
+        "training": {"epochs": 2, "batch_size": 16, "learning_rate": 1e-3},
+        "store": str(place / "store"),
+        **changes,
+    }
+
+
+@pytest.fixture
+def place(tmp_path):
+    tiny.save_encoder(tmp_path / "teacher")
+    tiny.table().to_csv(tmp_path / "data.csv", index=False)
+    return tmp_path
+
+
+def kept(place, **changes):
+    return recipe(place, teacher={"model": f"cache:{place / 'signals'}"}, **changes)
+
+
+def weights(folder):
+    return torch.cat([t.flatten() for _, t in sorted(load_file(folder / "student" / "model.safetensors").items())])
+
+
+def content(folder):
+    store = Store(read_manifest(folder), folder)
+    return {
+        (key, tap): store.get(key, tap)
+        for shard in store.shards.values()
+        for key in shard.keys
+        for tap in shard.kinds
+    }
+
+
+def test_a_cache_stands_for_its_teacher(place):
+    built = build_cache(recipe(place), place / "signals")
+    assert 0 < built.computed <= built.examples
+    assert not (place / "signals" / "work").exists()
+    live = limbeck.distill(recipe(place), place / "live")
+    shutil.rmtree(place / "teacher")
+    shutil.rmtree(place / "store")
+    ours = limbeck.distill(kept(place), place / "run")
+    torch.testing.assert_close(weights(place / "run"), weights(place / "live"), rtol=1e-3, atol=1e-4)
+    assert ours.student.teacher_examples == 0
+    assert (ours.teacher.score, ours.teacher.parameters) == (live.teacher.score, live.teacher.parameters)
+    assert ours.teacher.latency_ms is None
+    assert ours.speedup == {}
+    page = (place / "run" / "README.md").read_text()
+    assert "not measured" in page
+
+
+def test_building_again_asks_for_nothing(place):
+    first = build_cache(recipe(place), place / "signals")
+    before = content(place / "signals")
+    again = build_cache(recipe(place), place / "signals")
+    assert first.computed > 0
+    assert again.computed == 0
+    after = content(place / "signals")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def with_examples(count, made):
+    return {**made, "task": {**made["task"], "train_examples": count}}
+
+
+def test_of_grown_data_what_is_new_is_asked_for_and_filtered_data_is_there(place):
+    tiny.save_classifier(place / "teacher", ["bad", "good"])  # one that needs no training on the data
+    first = build_cache(with_examples(20, recipe(place)), place / "signals")
+    before = content(place / "signals")
+    grown = build_cache(recipe(place), place / "signals")
+    assert grown.examples > 20
+    assert first.computed + grown.computed == len(Store(read_manifest(place / "signals"), place / "signals"))
+    after = content(place / "signals")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    report = limbeck.distill(with_examples(30, kept(place)), place / "filtered")
+    assert report.student.teacher_examples == 0
+
+
+def test_missing_examples_are_counted_before_anything_is_trained(place):
+    build_cache(with_examples(20, recipe(place)), place / "signals")
+    with pytest.raises(
+        ValueError, match=r"\d+ of \d+ training examples are not in .*signals, and there is no teacher"
+    ):
+        limbeck.distill(kept(place), place / "run")
+    assert not (place / "run").exists()
+
+
+def test_a_teacher_whose_cache_was_not_finished_is_refused(place):
+    build_cache(recipe(place), place / "signals")
+    shutil.rmtree(place / "signals" / "teacher")
+    with pytest.raises(ValueError, match="finish it with limbeck cache build"):
+        limbeck.distill(kept(place), place / "run")
+
+
+def test_other_labels_and_other_evaluation_data_are_refused(place):
+    build_cache(recipe(place), place / "signals")
+    about = place / "signals" / "teacher" / "about.json"
+    found = json.loads(about.read_text())
+    about.write_text(json.dumps({**found, "labels": found["labels"][::-1]}))
+    with pytest.raises(
+        ValueError, match=r"answers with the labels \['good', 'bad'\], and the task has \['bad', 'good'\]"
+    ):
+        limbeck.distill(kept(place), place / "run")
+    about.write_text(json.dumps({**found, "data": {"validation": "another"}}))
+    with pytest.raises(ValueError, match="answered another validation split"):
+        limbeck.distill(kept(place), place / "run")
+    about.write_text("{")
+    with pytest.raises(ValueError, match=r"about\.json is damaged"):
+        limbeck.distill(kept(place), place / "run")
+
+
+def test_layers_that_were_not_kept_are_refused(place):
+    build_cache(recipe(place), place / "signals")
+    with pytest.raises(
+        ValueError, match=r"layers \[1\] come from the teacher's weights, which are not here; .* \[0\]"
+    ):
+        limbeck.distill(kept(place, student={"layers": [1]}), place / "run")
+
+
+@pytest.mark.parametrize("terms", [{"hidden": {"tap": "layers", "loss": "mse", "map": "cka"}}])
+def test_layers_cannot_be_matched_without_a_teacher(place, terms):
+    build_cache(recipe(place), place / "signals")
+    with pytest.raises(ValueError, match="map cka is found from the teacher's layers, which are not here"):
+        limbeck.distill(kept(place, terms=terms), place / "run")
+
+
+def test_a_folder_with_other_things_is_refused_before_the_teacher_is_trained(place):
+    (place / "mine").mkdir()
+    (place / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"is no cache of limbeck, it holds 'notes.txt'"):
+        build_cache(recipe(place), place / "mine")
+    with pytest.raises(ValueError, match="is a file"):
+        build_cache(recipe(place), place / "data.csv")
+    with pytest.raises(ValueError, match="is a cache already"):
+        build_cache(kept(place), place / "other")
+    assert not (place / "store").exists()
+
+
+def test_too_little_room_is_said_before_the_teacher_is_asked(place, monkeypatch):
+    monkeypatch.setattr("limbeck.building.free_bytes", lambda place: 10)
+    with pytest.raises(ValueError, match="bytes of signals do not fit the 10 free"):
+        build_cache(recipe(place), place / "signals")
+
+
+def test_two_processes_share_the_work(place):
+    tiny.save_classifier(place / "teacher", ["bad", "good"])
+    (place / "recipe.yaml").write_text(Recipe.parse(recipe(place)).to_yaml())
+    port = str(random.Random().randint(20000, 50000))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    command = [*launch, "-m", "limbeck", "cache", "build", str(place / "recipe.yaml"), "--out"]
+    done = subprocess.run([*command, str(place / "both")], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    built = build_cache(recipe(place), place / "alone")
+    assert f"the teacher ran for {built.computed} now" in done.stdout
+    assert len(list((place / "both").glob("*.safetensors"))) == 2
+    ours, theirs = content(place / "both"), content(place / "alone")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[k], theirs[k], rtol=1e-5, atol=1e-6) for k in ours)
+
+
+@pytest.fixture
+def limbeck_command(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["limbeck", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return run
+
+
+def test_the_commands_of_the_readme(place, limbeck_command):
+    (place / "recipe.yaml").write_text(Recipe.parse(recipe(place)).to_yaml())
+    status, said = limbeck_command("cache", "build", place / "recipe.yaml", "--out", place / "signals")
+    assert (status, "the teacher ran for" in said) == (0, True)
+    teacher = ["--teacher", f"cache:{place / 'signals'}", "--out", place / "run"]
+    status, said = limbeck_command("distill", place / "recipe.yaml", *teacher)
+    assert (status, "not here, its signals are" in said, "not measured" in said) == (0, True, True)
+    for place_of_signals, note in (("off", "not remembered, by the recipe"), (place / "more", "remembered in")):
+        arguments = ["--cache", place_of_signals, "--out", place / f"run-{note[:3]}", "--set", "baseline=false"]
+        status, said = limbeck_command("distill", place / "recipe.yaml", *arguments)
+        assert (status, note in " ".join(said.split())) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["cache", "build", "none.yaml", "--out", "x"], "there is no recipe none.yaml"),
+        (["cache", "bild", "r.yaml"], "No such command 'bild'"),
+        (["cache", "info", "nowhere"], "nowhere is no cache of limbeck"),
+        (["distill", "RECIPE", "--teacher", "cache:nowhere"], "nowhere is no cache of limbeck"),
+        (["distill", "RECIPE", "--set", "cache.plce=off"], "did you mean 'place'"),
+        (["distill", "RECIPE", "--set", "cache.gib=0"], "cache.gib"),
+    ],
+)
+def test_what_is_mistyped_is_one_clear_line(place, limbeck_command, words, said):
+    (place / "recipe.yaml").write_text(Recipe.parse(recipe(place)).to_yaml())
+    status, printed = limbeck_command(*[str(place / "recipe.yaml") if w == "RECIPE" else w for w in words])
+    assert status == 2
+    assert said in printed
+    assert "Traceback" not in printed

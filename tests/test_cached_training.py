@@ -1,0 +1,104 @@
+"""A training from the cache is the training with the live teacher: step by step, however its data comes."""
+
+import pytest
+import torch
+from torch import nn
+
+from limbeck import Callback, Distiller, Settings, Term, fit
+from limbeck.cache import Store
+from limbeck.teachers import Cached, ModuleTeacher
+from tests.models import perceptron
+from tests.test_exactness import largest_difference, run, weights
+
+
+class Table(nn.Module):
+    """A teacher whose answer to an example has the same bits in any batch: it looks it up by the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.answers = nn.Embedding.from_pretrained(torch.randn(64, 3, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, features):
+        return self.answers((features[:, 0] * 1000).long().abs() % 64)
+
+
+def data(count=40):
+    features = torch.randn(count, 4, generator=torch.Generator().manual_seed(1))
+    return [{"features": x, "labels": torch.tensor(i % 3)} for i, x in enumerate(features)]
+
+
+class Student(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = perceptron()
+
+    def forward(self, features):
+        return self.body(features)
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, state):
+        self.seen.append(state.loss)
+
+
+def losses(teacher, examples, **settings):
+    """The loss of every step."""
+    terms = [Term("logits", loss="forward_kl", temperature=2.0), Term("labels", loss="cross_entropy", weight=0.5)]
+    watch = Losses()
+    chosen = {"epochs": 4, "batch_size": 8, "learning_rate": 0.05, "optimizer": "sgd", **settings}
+    fit(
+        Distiller(Student(), teacher, terms), examples, settings=Settings(log_every=1, **chosen), callbacks=[watch]
+    )
+    return torch.tensor(watch.seen, dtype=torch.float64)
+
+
+CHANGES = {
+    "shuffled": {},
+    "accumulated": {"accumulation": 3},
+    "other batches": {"batch_size": 5},
+    "one by one": {"batch_size": 1, "epochs": 2},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_losses_are_the_same_bit_for_bit(change, tmp_path):
+    live = losses(ModuleTeacher(Table()), data(), **CHANGES[change])
+    ours = Cached(ModuleTeacher(Table()), Store({}, tmp_path))
+    assert torch.equal(losses(ours, data(), **CHANGES[change]), live)
+    assert (ours.computed, ours.asked > ours.computed) == (40, True)
+
+
+@pytest.mark.parametrize("before", [20, 60])
+def test_they_are_for_data_that_grew_or_was_filtered(before, tmp_path):
+    losses(Cached(ModuleTeacher(Table()), store := Store({}, tmp_path)), data(60)[:before], batch_size=7)
+    store.flush()
+    ours = Cached(ModuleTeacher(Table()), Store({}, tmp_path))
+    assert torch.equal(losses(ours, data(60)[:40]), losses(ModuleTeacher(Table()), data(60)[:40]))
+    assert ours.computed == max(0, 40 - before)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("bf16", 2**-7), ("fp16", 2**-10)])
+def test_half_precision_moves_them_by_no_more_than_its_rounding(dtype, bound, tmp_path):
+    live = losses(ModuleTeacher(Table()), data())
+    kept = losses(Cached(ModuleTeacher(Table()), Store({}, tmp_path), dtype=dtype), data())
+    assert 0 < (kept - live).abs().max() < bound
+
+
+def test_ranks_and_the_cache_together_change_nothing(tmp_path):
+    """Of eight updates the last five ask for what was kept, which the teacher computed in other batches."""
+    live = weights(tmp_path / "live.safetensors", "--steps", 8)
+    kept = weights(tmp_path / "kept.safetensors", "--steps", 8, "--cache", tmp_path / "signals", ranks=2)
+    assert largest_difference(live, kept) < 5e-6
+
+
+def test_resume_with_a_cache_is_bit_identical(tmp_path):
+    options = ["--steps", 10, "--dropout", 0.1]
+    whole = weights(tmp_path / "a.safetensors", *options, "--cache", tmp_path / "one", "--folder", tmp_path / "a")
+    options += ["--cache", tmp_path / "two", "--folder", tmp_path / "b"]
+    for kill_at in (2, 5, 8):
+        assert run(tmp_path / "b.safetensors", *options, "--kill-at", kill_at, check=False).returncode == -9
+    resumed = weights(tmp_path / "b.safetensors", *options)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
