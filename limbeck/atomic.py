@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -64,6 +65,43 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a file, whole or not at all; see `replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
+
+
+def write_chunks(path: Path, chunks: Iterable[Any]) -> None:
+    """Write a file, whole or not at all, from pieces that share the memory of arrays; see `replacing`."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+
+
+def create_text(path: Path, text: str) -> bool:
+    """Write a text file, UTF-8, whole or not at all, unless another process was first.
+
+    Returns:
+        Whether it was written; where it was there already, it stays as it is.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / "name.txt"
+        >>> create_text(target, "a"), create_text(target, "b"), target.read_text()
+        (True, False, 'a')
+    """
+    temporary = path.with_name(f"{path.name}-{os.getpid()}{secrets.token_hex(4)}{SUFFIX}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links, where the last one to come wins
+            if path.exists():
+                return False
+            temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -127,7 +127,7 @@ class _Build:
             raise ValueError("images are augmented anew in every epoch; set task.variants=4, or no augmentation")
         self._check_room(data)
         store = Store(fingerprint(recipe, self.teacher.loaded), self.out, shard_bytes=shard_bytes(recipe))
-        cached = Cached(self.teacher.source(), store, recipe.cache.dtype)
+        cached = Cached(self.teacher.source(), store, dtype=recipe.cache.dtype)
         self.run.observer.on_stage("signals")
         device, dtype = self.run.device, AUTOCAST[recipe.training.precision]
         self.teacher.loaded.model.to(device)

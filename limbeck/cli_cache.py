@@ -47,7 +47,12 @@ def info(folder: Folder) -> None:
     store = Store(belongs, folder)
     console.print(f"{folder}: {len(store):,} examples in {len(store.shards)} shards, {store.nbytes():,} bytes")
     for tap in sorted(store.taps()):
-        console.print(f"  {tap}, kept by {store.kind(tap)}", highlight=False)
+        form = ", ".join(f"{k} {v}" for k, v in store.form(tap).items() if k != "form")
+        nbytes, entries = store.size(tap)
+        each = f"{nbytes / max(1, entries):,.1f} bytes for each of {entries:,}"
+        console.print(
+            f"  {tap}, kept by {store.kind(tap)}: {store.form(tap)['form']} ({form}), {each}", highlight=False
+        )
     for field, value in belongs.items():
         console.print(f"  {field}: {value}", highlight=False)
 

@@ -46,7 +46,7 @@ class Memory:
 
     def teacher(self, live: Teacher) -> Teacher:
         """The teacher of a training."""
-        return live if self.store is None else Cached(live, self.store, self.dtype)
+        return live if self.store is None else Cached(live, self.store, dtype=self.dtype)
 
 
 def recall(

@@ -1,50 +1,37 @@
 """Kept signals: cut and joined, found by content, whole on disk or not there, and a teacher that runs once."""
 
 import copy
-import signal
+import random
 import subprocess
 import sys
-import time
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from limbeck import Distiller, Settings, Term, fit
-from limbeck.cache import Store, cut, example_keys, join, kind_of, merge, prune, verify, weights_digest
-from limbeck.cache.store import MANIFEST
+from limbeck.cache import (
+    Dense,
+    Store,
+    describe,
+    example_keys,
+    kept_by,
+    kind_of,
+    merge,
+    prune,
+    verify,
+    weights_digest,
+)
+from limbeck.cache.folder import FORMAT, MANIFEST
+from limbeck.cache.layout import Column
+from limbeck.cache.shards import Tap
 from limbeck.teachers import Cached, ModuleTeacher
+from tests.kept import BELONGS, content, filled, get, keys, put, put_rows, same
 from tests.models import bert, pad, text_batch
-
-BELONGS = {"teacher": "a", "dtype": "fp32"}
-
-
-def keys(count, start=0):
-    return [bytes([start + i]) * 16 for i in range(count)]
-
-
-def filled(folder=None, count=6, start=0, **options):
-    store = Store(BELONGS, folder, **options)
-    put(store, count, start)
-    return store
-
-
-def put(store, count=6, start=0):
-    logits = [torch.full((3,), float(start + i)) for i in range(count)]
-    hidden = [torch.arange(2.0 * (1 + i)).view(1 + i, 2) for i in range(count)]
-    attention = [torch.arange(4.0 * (1 + i) ** 2).view(1 + i, 1 + i, 4) for i in range(count)]
-    kinds = {"logits": "row", "hidden": "tokens", "attention": "pairs"}
-    store.put(keys(count, start), kinds, {"logits": logits, "hidden": hidden, "attention": attention})
-
-
-def content(store, count=6, start=0):
-    return [store.get(key, tap) for key in keys(count, start) for tap in ("logits", "hidden", "attention")]
-
-
-def same(ours, theirs):
-    return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(ours, theirs, strict=True))
-
 
 # ---- cut and joined --------------------------------------------------------------------------------------------
 
@@ -56,13 +43,20 @@ MASKS = {
 }
 
 
+def kept(values, mask, form=None):
+    store, own = Store({}), keys(len(values))
+    store.put(own, {"x": kept_by(form or Dense(), values, mask, own)})
+    return store
+
+
 @pytest.mark.parametrize("padding", MASKS)
 @pytest.mark.parametrize("shape", [(3, 5), (3, 4, 6), (3, 2, 4, 4), (3, 5, 2, 3)])
 def test_joined_again_all_valid_positions_are_what_they_were(shape, padding):
     mask = MASKS[padding]
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     kind = kind_of(values.shape, mask)
-    again = join(cut(values, kind, mask), kind, mask)
+    store = kept(values, mask)
+    again = store.read(keys(3), ["x"], mask)["x"]
     assert again.shape == values.shape
     valid = mask.bool()
     if kind == "tokens":
@@ -75,16 +69,47 @@ def test_joined_again_all_valid_positions_are_what_they_were(shape, padding):
 def test_examples_come_together_in_other_batches_with_other_padding():
     batch = text_batch(4, 7)
     hidden = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(1))
-    pieces = cut(hidden, "tokens", batch["attention_mask"])
+    store = kept(hidden, batch["attention_mask"])
     mask = torch.nn.functional.pad(batch["attention_mask"], (2, 1))[[2, 0]]
-    joined = join([pieces[2], pieces[0]], "tokens", mask)
-    assert torch.equal(joined[mask.bool()], torch.cat([pieces[2], pieces[0]]))
+    joined = store.read([keys(4)[2], keys(4)[0]], ["x"], mask)["x"]
+    valid = batch["attention_mask"].bool()
+    assert torch.equal(joined[mask.bool()], torch.cat([hidden[2][valid[2]], hidden[0][valid[0]]]))
     assert not joined[~mask.bool()].any()
 
 
 def test_an_example_of_another_length_is_not_joined():
     with pytest.raises(ValueError, match="an example of 2 positions was kept with 3"):
-        join([torch.zeros(3, 4)], "tokens", torch.ones(1, 2))
+        kept(torch.zeros(1, 3, 4), torch.ones(1, 3)).read(keys(1), ["x"], torch.ones(1, 2))
+
+
+def test_examples_of_different_shapes_are_kept_and_not_joined(tmp_path):
+    store = Store({}, tmp_path)
+    for size in (4, 6):
+        own = keys(2, size)
+        store.put(own, {"x": kept_by(Dense(), torch.full((2, 3, size, size), 1.0 * size), None, own)})
+    store.flush()
+    again = Store({}, tmp_path)
+    assert [tuple(get(again, keys(1, size)[0], "x").shape) for size in (4, 6)] == [(3, 4, 4), (3, 6, 6)]
+    with pytest.raises(ValueError, match="were kept with different shapes"):
+        again.read([keys(1, 4)[0], keys(1, 6)[0]], ["x"])
+
+
+def test_many_batches_become_few_blocks_and_stay_what_they_were():
+    store = Store({})
+    numbers = torch.arange(3000)
+    own = [int(i).to_bytes(12, "big") for i in numbers]
+    for start in range(0, 3000, 3):
+        part = slice(start, start + 3)
+        store.put(own[part], {"x": kept_by(Dense(), numbers[part, None].float(), None, own[part])})
+    order = torch.randperm(3000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(store.read([own[i] for i in order], ["x"])["x"].flatten(), order.float())
+    assert sum(block is not None for block in store._index.blocks) < 600
+
+
+def test_a_view_of_a_large_tensor_does_not_keep_it_in_memory():
+    store = kept(torch.zeros(4, 5000, 3)[:, 0], None)
+    (block,) = store._index.blocks
+    assert block.column("x", "").data.base.nbytes <= 4 * 3 * 4
 
 
 # ---- found by content ------------------------------------------------------------------------------------------
@@ -146,17 +171,17 @@ def test_shards_are_written_as_they_fill(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 10
     again = Store(BELONGS, tmp_path)
     assert len(again) == 40
-    assert again.get(keys(1, 37)[0], "logits").tolist() == [37.0] * 3
+    assert get(again, keys(1, 37)[0], "logits").tolist() == [37.0] * 3
 
 
 def test_taps_may_come_one_after_the_other(tmp_path):
     store = Store(BELONGS, tmp_path)
-    store.put(keys(2), {"a": "row"}, {"a": [torch.zeros(1), torch.ones(1)]})
+    put_rows(store, a=[torch.zeros(1), torch.ones(1)])
     store.flush()
-    store.put(keys(2), {"a": "row", "b": "row"}, {"a": [torch.zeros(1)] * 2, "b": [torch.ones(1)] * 2})
+    put_rows(store, a=[torch.zeros(1)] * 2, b=[torch.ones(1)] * 2)
     store.flush()
     again = Store(BELONGS, tmp_path)
-    assert [again.get(key, tap).item() for key in keys(2) for tap in "ab"] == [0.0, 1.0, 1.0, 1.0]
+    assert [get(again, key, tap).item() for key in keys(2) for tap in "ab"] == [0.0, 1.0, 1.0, 1.0]
 
 
 def test_several_writers_see_each_other(tmp_path):
@@ -168,24 +193,28 @@ def test_several_writers_see_each_other(tmp_path):
     first.refresh()
     assert len(first) == 6
     assert same(content(first, 3, 3), content(filled(), 3, 3)) or len(content(first, 3, 3)) == 9
-    assert first.get(keys(1, 4)[0], "logits").tolist() == [4.0] * 3
+    assert get(first, keys(1, 4)[0], "logits").tolist() == [4.0] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool])
 def test_every_dtype_survives(tmp_path, dtype):
     store = Store(BELONGS, tmp_path)
-    values = [torch.tensor([0, 1, 1]).to(dtype), torch.tensor([1, 0, 1]).to(dtype)]
-    store.put(keys(2), {"x": "row"}, {"x": values})
+    values = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype)
+    store.put(keys(2), {"x": Tap("row", describe(Dense()), {"": Column("row", values)})})
     store.flush()
     again = Store(BELONGS, tmp_path)
-    assert same([again.get(key, "x") for key in keys(2)], values)
+    assert same([get(again, key, "x") for key in keys(2)], values)
+    (shard,) = tmp_path.glob("*.safetensors")
+    assert torch.equal(load_file(shard)["x/"], values)  # any reader of the format finds the same
 
 
 def test_examples_without_positions(tmp_path):
     store = Store(BELONGS, tmp_path)
-    store.put(keys(2), {"x": "tokens"}, {"x": [torch.zeros(0, 4), torch.ones(2, 4)]})
+    mask = torch.tensor([[0, 0, 0], [1, 1, 0]])
+    store.put(keys(2), {"x": kept_by(Dense(), torch.ones(2, 3, 4), mask, keys(2))})
     store.flush()
-    assert [tuple(Store(BELONGS, tmp_path).get(key, "x").shape) for key in keys(2)] == [(0, 4), (2, 4)]
+    found = Store(BELONGS, tmp_path).read(keys(2), ["x"], mask)["x"]
+    assert torch.equal(found, mask[:, :, None] * torch.ones(2, 3, 4))
 
 
 # ---- what is wrong ---------------------------------------------------------------------------------------------
@@ -207,8 +236,8 @@ def test_a_folder_with_other_things_is_refused(tmp_path):
 def test_another_format_is_refused(tmp_path):
     filled(tmp_path).flush()
     manifest = tmp_path / MANIFEST
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 9'))
-    with pytest.raises(ValueError, match="has the format 9, and this limbeck reads 1"):
+    manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 9'))
+    with pytest.raises(ValueError, match=f"has the format 9, and this limbeck reads {FORMAT}"):
         Store(BELONGS, tmp_path)
 
 
@@ -226,12 +255,80 @@ def test_every_flipped_byte_is_found(tmp_path):
     assert verify(tmp_path) == []
     for file in files:
         whole = file.read_bytes()
-        step = 1 if file.name == MANIFEST else 7
-        for place in range(0, len(whole), step):
-            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        everywhere = range(len(whole))
+        for place in everywhere if file.name == MANIFEST else random.Random(0).sample(everywhere, 300):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
             assert found_wrong(tmp_path), f"byte {place} of {file.name}"
         file.write_bytes(whole)
     assert verify(tmp_path) == []
+
+
+def test_a_flipped_byte_is_found_by_whoever_reads_it(tmp_path):
+    """Wherever the byte is, either the store refuses, or what it gives is what was put in."""
+    filled(tmp_path, 6).flush()
+    (shard,) = tmp_path.glob("*.safetensors")
+    whole, expected, chooser = shard.read_bytes(), content(filled()), random.Random(0)
+    refused = 0
+    for place in chooser.sample(range(len(whole)), 100):
+        shard.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << chooser.randrange(8))]) + whole[place + 1 :])
+        try:
+            assert same(content(Store(BELONGS, tmp_path)), expected)
+        except ValueError as refusal:
+            assert "is damaged" in str(refusal)  # noqa: PT017
+            refused += 1
+    assert refused == 100
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, -1])
+def test_a_shard_that_was_cut_short_is_refused_in_one_line(tmp_path, length):
+    filled(tmp_path, 6).flush()
+    (shard,) = tmp_path.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"is damaged .*; limbeck cache prune removes it") as refusal:
+        Store(BELONGS, tmp_path)
+    assert "\n" not in str(refusal.value)
+    assert prune(tmp_path) == [shard.name]
+
+
+def test_shards_without_a_manifest_are_half_a_cache(tmp_path):
+    filled(tmp_path, 2).flush()
+    (tmp_path / MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"has 1 shards and no manifest.json; it was copied in part"):
+        Store(BELONGS, tmp_path)
+
+
+def test_a_shard_that_is_not_finished_is_no_part_of_it(tmp_path):
+    filled(tmp_path, 2).flush()
+    (tmp_path / "1-000000-a.safetensors.partial").write_bytes(b"half")
+    assert len(Store(BELONGS, tmp_path)) == 2
+    assert verify(tmp_path) == ["1-000000-a.safetensors.partial was not finished"]
+
+
+def test_folders_that_a_build_adds_are_nothing_foreign(tmp_path):
+    for name in ("teacher", "student"):
+        (tmp_path / name).mkdir()
+    filled(tmp_path, 2).flush()
+    assert len(Store(BELONGS, tmp_path)) == 2
+    assert verify(tmp_path) == []
+
+
+@pytest.mark.parametrize("teachers", ["aaaa", "abab"])
+def test_those_that_claim_a_new_folder_at_once_agree(tmp_path, teachers):
+    def claim(folder, teacher, barrier):
+        barrier.wait()
+        try:
+            Store({**BELONGS, "teacher": teacher}, folder)
+        except ValueError as refusal:
+            return str(refusal)
+        return "taken"
+
+    with ThreadPoolExecutor(4) as several:
+        for number in range(30):
+            folder, barrier = tmp_path / str(number), threading.Barrier(4)
+            said = list(several.map(lambda t, f=folder, b=barrier: claim(f, t, b), teachers))
+            assert said.count("taken") == (4 if len(set(teachers)) == 1 else 2), said
+            assert all(word == "taken" or "holds signals of another teacher (teacher:" in word for word in said)
+            assert [p.name for p in folder.iterdir()] == [MANIFEST]
 
 
 def test_a_damaged_shard_is_found_when_it_is_read_and_prune_removes_it(tmp_path):
@@ -239,9 +336,8 @@ def test_a_damaged_shard_is_found_when_it_is_read_and_prune_removes_it(tmp_path)
     (shard,) = tmp_path.glob("*.safetensors")
     data = shard.read_bytes()
     shard.write_bytes(data[:-3] + b"abc")
-    store = Store(BELONGS, tmp_path)
     with pytest.raises(ValueError, match="is damaged; limbeck cache prune removes it"):
-        store.get(keys(1)[0], "logits")
+        content(Store(BELONGS, tmp_path), 3)
     assert prune(tmp_path) == [shard.name]
     assert len(Store(BELONGS, tmp_path)) == 0
 
@@ -271,49 +367,53 @@ def test_merge_brings_caches_together_but_of_one_teacher_only(tmp_path):
 
 
 BUILDER = """
-import sys
+import os, random, signal, sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from limbeck.cache import Store
-from tests.test_cache import BELONGS, keys, put
-folder = Path(sys.argv[1])
-store = Store(BELONGS, folder, shard_bytes=200)
-for start in range(0, 120, 4):
-    if not all(store.holds(key, "logits") for key in keys(4, start)):
-        put(store, 4, start)
-    print(start, flush=True)
-store.flush()
-print("done", flush=True)
+from tests.kept import BELONGS, keys, put
+
+def build(folder):
+    store = Store(BELONGS, folder, shard_bytes=200)
+    for start in range(0, 240, 4):
+        if store.missing(keys(4, start), ["logits"]):
+            put(store, 4, start)
+    store.flush()
+
+folder, partly = Path(sys.argv[1]), 0
+for moment in range(20):
+    child = os.fork()
+    if not child:
+        build(folder)
+        os._exit(0)
+    time.sleep(random.Random(moment).uniform(0, 0.01 * (1 + moment % 4)))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    partly += len(list(folder.glob("*.safetensors"))) < 60
+build(folder)
+print(partly)
 """
 
 
-def test_a_killed_builder_goes_on_and_ends_with_the_same_content(tmp_path):
+def test_a_builder_killed_at_20_moments_goes_on_and_ends_with_the_same_content(tmp_path):
     root = str(Path(__file__).parent.parent)
     command = [sys.executable, "-c", BUILDER.format(root=root), str(tmp_path / "cache")]
-    for stop in (8, 40, 100):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:
-            if line.strip() == str(stop):
-                time.sleep(0.001 * stop)
-                process.send_signal(signal.SIGKILL)
-                break
-        process.wait()
-        process.stdout.close()
-    subprocess.run(command, check=True, capture_output=True)
-    store = Store(BELONGS, tmp_path / "cache")
-    whole = Store(BELONGS)
-    for start in range(0, 120, 4):
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(run.stdout) >= 5  # kills that left it in part; the others came before or after
+    store, whole = Store(BELONGS, tmp_path / "cache"), Store(BELONGS)
+    for start in range(0, 240, 4):
         put(whole, 4, start)
-    assert same(content(store, 120), content(whole, 120))
+    assert same(content(store, 240), content(whole, 240))
     prune(tmp_path / "cache")
     assert verify(tmp_path / "cache") == []
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 60
 
 
 # ---- the teacher runs once -------------------------------------------------------------------------------------
 
 
 def cached(teacher, store=None, dtype="fp32"):
-    return Cached(ModuleTeacher(teacher), Store({}) if store is None else store, dtype)
+    return Cached(ModuleTeacher(teacher), store, dtype=dtype)
 
 
 TAPS = ["logits", "hidden_states.1", "attentions.0"]

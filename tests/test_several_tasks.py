@@ -587,7 +587,7 @@ def test_what_is_remembered_of_a_teacher_of_all_tasks_is_kept_by_task():
 
 
 def test_one_teacher_may_know_all_tasks():
-    """A module that takes the task, as the student is one; remembered, too."""
+    """A module that takes the task, as the student is one."""
     terms = [Term("logits", loss="forward_kl"), Term("body", "body", loss="mse", project="linear", task="two")]
     by_task = Distiller(small.student(), small.teachers(), terms[:1])
     theirs = small.teachers()

@@ -1,19 +1,32 @@
 """What a teacher said, kept by the content of its examples: it runs once."""
 
-from limbeck.cache.keys import example_keys, first_difference, json_digest, module_identity, weights_digest
-from limbeck.cache.layout import KINDS, Kind, cut, join, kind_of
-from limbeck.cache.store import MANIFEST, Store, merge, prune, read_manifest, verify
+from limbeck.cache.folder import MANIFEST, merge, prune, read_manifest, verify
+from limbeck.cache.forms import Dense, Form, HybridForm, SampledForm, TopKForm, describe, kept_by
+from limbeck.cache.keys import (
+    example_keys,
+    first_difference,
+    json_digest,
+    module_identity,
+    weights_digest,
+)
+from limbeck.cache.layout import KINDS, Kind, kind_of
+from limbeck.cache.store import Store
 
 __all__ = [
     "KINDS",
     "MANIFEST",
+    "Dense",
+    "Form",
+    "HybridForm",
     "Kind",
+    "SampledForm",
     "Store",
-    "cut",
+    "TopKForm",
+    "describe",
     "example_keys",
     "first_difference",
-    "join",
     "json_digest",
+    "kept_by",
     "kind_of",
     "merge",
     "module_identity",

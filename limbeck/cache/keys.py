@@ -4,39 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from limbeck.batch import ATTENTION_MASK, batch_size, positional
-from limbeck.types import EXAMPLE_ID, INPUTS, LABELS, TASK, Batch
+from limbeck.batch import ATTENTION_MASK, batch_size, is_texts, positional
+from limbeck.cache.layout import raw
+from limbeck.types import EXAMPLE_ID, INPUTS, LABELS, Batch
 
-KEY_BYTES = 16
+DIGEST_BYTES = 16
+# 96 bits of an example's content: two of a billion examples share a key with a chance of 6e-12. Of the 16 bytes
+# that a row may cost beside its values, this leaves 4 for everything else in a file.
+KEY_BYTES = 12
 ORIGIN = ("_name_or_path", "transformers_version", "dtype")
-
-
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """The raw content of a tensor of any dtype."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def weights_digest(module: nn.Module) -> str:
     """A digest of all that a module computes with: names, dtypes, shapes and values of parameters and buffers.
 
     Example:
-        >>> torch.manual_seed(0) is not None
-        True
         >>> one, two = nn.Linear(2, 2), nn.Linear(2, 2)
         >>> weights_digest(one) == weights_digest(one), weights_digest(one) == weights_digest(two)
         (True, False)
     """
-    digest = hashlib.blake2b(digest_size=KEY_BYTES)
-    for name, tensor in sorted(module.state_dict().items()):
+    return tensors_digest(module.state_dict())
+
+
+def tensors_digest(named: Mapping[str, Tensor]) -> str:
+    """A digest of tensors: their names, dtypes, shapes and values."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for name, tensor in sorted(named.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor_bytes(tensor) if tensor.numel() else b"")
+        digest.update(raw(tensor.detach().cpu().reshape(1, -1)).data)
     return digest.hexdigest()
 
 
@@ -58,49 +59,90 @@ def module_identity(module: nn.Module) -> dict[str, str]:
 def json_digest(content: Any) -> str:
     """A digest of anything that JSON can hold, or that prints the same wherever it is."""
     text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).hexdigest()
+    return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).hexdigest()
 
 
 def example_keys(batch: Batch) -> np.ndarray[Any, np.dtype[np.void]]:
     """One key for each example of a batch: a digest of what a teacher is given of it.
 
-    Labels and example numbers do not count, and neither does padding: of entries (B, L) only the positions that
-    the attention mask keeps. The batch's task does, for one teacher may say different things for different tasks.
+    Labels and example numbers do not count, and neither does padding: of entries (B, L, ...) only the positions
+    from the first to the last that the attention mask keeps. A text for the whole batch does: one
+    teacher may say different things for different tasks.
 
     Returns:
-        (B,), 16 bytes each.
+        (B,), 12 bytes each.
+
+    Raises:
+        ValueError: the batch holds no examples.
 
     Example:
+        >>> import torch
         >>> short = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.tensor([[1, 1]])}
         >>> padded = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
         >>> bool(example_keys(short)[0] == example_keys(padded)[0])
         True
     """
+    size = batch_size(batch)
     mask = batch.get(ATTENTION_MASK)
-    valid = mask.detach().cpu().bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    entries = dict(_inputs(batch))
-    start = f"{TASK} {batch[TASK]};".encode() if isinstance(batch.get(TASK), str) else b""
-    digests = [hashlib.blake2b(start, digest_size=KEY_BYTES) for _ in range(batch_size(batch))]
-    for name in sorted(entries):
-        tensor = entries[name].detach().cpu()
-        trimmed = valid is not None and tensor.shape[:2] == valid.shape
-        for row, digest in enumerate(digests):
-            part = tensor[row][valid[row]] if trimmed and valid is not None else tensor[row]
-            digest.update(f"{name} {part.dtype} {tuple(part.shape)};".encode())
-            digest.update(tensor_bytes(part))
-    return np.frombuffer(b"".join(d.digest() for d in digests), dtype=f"V{KEY_BYTES}")
+    spans = _spans(mask) if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    # SHA-256, since processors have instructions for it: twice as fast here as BLAKE2
+    digests = [hashlib.sha256() for _ in range(size)]
+    for name, value in sorted(_inputs(batch).items()):
+        for digest, piece in zip(digests, _pieces(name, value, mask, spans, size), strict=True):
+            for part in piece:
+                digest.update(part)
+    return np.frombuffer(b"".join(d.digest()[:KEY_BYTES] for d in digests), dtype=f"V{KEY_BYTES}")
 
 
-def _inputs(batch: Batch) -> Mapping[str, Tensor]:
-    """The tensors of examples that a teacher may read."""
+def _spans(mask: Tensor) -> list[tuple[int, int]]:
+    """From the first to behind the last valid position of each example; what is masked between them counts."""
+    valid = mask.detach().cpu().bool().numpy()
+    starts = valid.argmax(axis=1)
+    stops = np.where(valid.any(axis=1), valid.shape[1] - valid[:, ::-1].argmax(axis=1), starts)
+    return list(zip(starts.tolist(), stops.tolist(), strict=True))
+
+
+def _pieces(
+    name: str, value: Any, mask: Any, spans: Sequence[tuple[int, int]] | None, size: int
+) -> Iterator[tuple[Any, ...]]:
+    """For each example what its digest takes in of one entry: what it is, and its content."""
+    if isinstance(value, str):
+        yield from [(_head(name, "for all", len(value)), value.encode())] * size
+    elif isinstance(value, list):
+        yield from ((_head(name, "text", len(text)), text.encode()) for text in value)
+    elif spans is not None and value.ndim > 1 and value.shape[:2] == mask.shape:
+        rest, bytes_BLN = f"{value.dtype} {tuple(value.shape[2:])}", _bytes(value.flatten(0, 1))
+        bytes_BLN = bytes_BLN.reshape(*mask.shape, -1)
+        for row, (start, stop) in zip(bytes_BLN, spans, strict=True):
+            yield _head(name, rest, stop - start), row[start:stop]
+    else:
+        head = _head(name, f"{value.dtype} {tuple(value.shape[1:])}", 1)
+        yield from ((head, row) for row in _bytes(value))
+
+
+def _head(name: str, what: str, count: int) -> bytes:
+    return f"{name} {what} {count};".encode()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return raw(tensor.detach().cpu())
+
+
+def _inputs(batch: Batch) -> Mapping[str, Any]:
+    """What a teacher may read: tensors of examples, lists of texts, and texts for the whole batch."""
     size = batch_size(batch)
     named = {key: value for key, value in batch.items() if key not in (LABELS, EXAMPLE_ID, INPUTS)}
     placed = {f"{INPUTS} {i}": value for i, value in enumerate(positional(batch))}
     own = batch.get(INPUTS)
-    if isinstance(own, Tensor):  # an input that a model calls by this very name
+    if not isinstance(own, tuple):  # an input that a model calls by this very name
         named[INPUTS] = own
-    tensors = {k: v for k, v in {**named, **placed}.items() if isinstance(v, Tensor) and v.ndim}
-    return {key: tensor for key, tensor in tensors.items() if tensor.shape[0] == size}
+    return {key: value for key, value in {**named, **placed}.items() if _counts(value, size)}
+
+
+def _counts(value: Any, size: int) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and len(value) == size
+    return isinstance(value, str) or (is_texts(value) and len(value) == size)
 
 
 def first_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
@@ -109,8 +151,13 @@ def first_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> s
     Example:
         >>> first_difference({"teacher": "a", "dtype": "fp16"}, {"teacher": "a", "dtype": "fp32"})
         "dtype: 'fp32' there, 'fp16' here"
+        >>> first_difference({"forms": {"logits": {"k": 8}}}, {"forms": {"logits": {"k": 4}}})
+        'forms.logits.k: 4 there, 8 here'
     """
     for field in dict.fromkeys([*expected, *found]):
-        if expected.get(field) != found.get(field):
-            return f"{field}: {found.get(field)!r} there, {expected.get(field)!r} here"
+        here, there = expected.get(field), found.get(field)
+        if here != there and isinstance(here, Mapping) and isinstance(there, Mapping):
+            return f"{field}.{first_difference(here, there)}"
+        if here != there:
+            return f"{field}: {there!r} there, {here!r} here"
     return ""

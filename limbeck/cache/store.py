@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -11,15 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-from limbeck.atomic import SUFFIX as PARTIAL
-from limbeck.atomic import write_text
+from limbeck.cache.folder import claim
+from limbeck.cache.forms import SIZE, Form, from_description
+from limbeck.cache.index import Index
 from limbeck.cache.keys import first_difference
-from limbeck.cache.layout import Kind
-from limbeck.cache.shards import SUFFIX, Columns, Shard, digest_of, is_whole, write_shard
+from limbeck.cache.layout import Kind, Positions
+from limbeck.cache.shards import SUFFIX, Block, Tap, merged, open_shard, write_shard
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 SHARD_BYTES = 64 << 20
+MOST_BLOCKS = 256
+"""So many batches are held one by one before they become one block in memory."""
 
 
 class Store:
@@ -40,10 +40,11 @@ class Store:
 
     Example:
         >>> import torch
+        >>> from limbeck.cache import Dense, kept_by
         >>> store = Store({"teacher": "a"})
-        >>> store.put([b"k" * 16], {"logits": "row"}, {"logits": [torch.ones(3)]})
-        >>> store.holds(b"k" * 16, "logits"), store.get(b"k" * 16, "logits")
-        (True, tensor([1., 1., 1.]))
+        >>> store.put([b"k" * 12], {"logits": kept_by(Dense(), torch.ones(1, 3), None, [b"k" * 12])})
+        >>> store.holds(b"k" * 12, "logits"), store.read([b"k" * 12], ["logits"])
+        (True, {'logits': tensor([[1., 1., 1.]])})
     """
 
     def __init__(
@@ -52,37 +53,68 @@ class Store:
         self.belongs = dict(belongs)
         self.folder = folder
         self.shard_bytes = shard_bytes
-        self.shards: dict[Path, Shard] = {}
-        self._places: dict[str, dict[bytes, tuple[Shard, int]]] = {}
-        self._fresh: dict[bytes, dict[str, Tensor]] = {}
-        self._kinds: dict[str, Kind] = {}
-        self._fresh_bytes = 0
+        self.shards: dict[Path, Block] = {}
+        self._index = Index()
+        self._taps: dict[str, tuple[Kind, Mapping[str, Any]]] = {}
+        self._forms: dict[str, Form] = {}
+        self._fresh: list[int] = []
+        self._whole: list[int] = []
+        self._fresh_bytes = self._merged_bytes = 0
         self._writer = f"{os.getpid():d}{secrets.token_hex(4)}"
         self._written = 0
         if folder is not None:
-            _claim(folder, self.belongs)
+            claim(folder, self.belongs)
             self.refresh()
 
     def __len__(self) -> int:
         """The number of examples."""
-        return len(set(self._fresh).union(*self._places.values()))
+        return len(self._index)
 
     def holds(self, key: bytes, tap: str) -> bool:
         """Whether a tap of an example is there."""
-        return tap in self._fresh.get(key, {}) or key in self._places.get(tap, {})
+        return self._index.holds(key, tap)
 
-    def get(self, key: bytes, tap: str) -> Tensor:
-        """A tap of an example; see `limbeck.cache.layout.cut` for its shape.
+    def missing(self, keys: Sequence[bytes], taps: Sequence[str]) -> list[int]:
+        """The places of examples that lack one of the taps, each content once."""
+        absent = sorted(set().union(*(self._index.absent(keys, tap) for tap in taps)))
+        first = {keys[place]: place for place in reversed(absent)}
+        return sorted(first.values())
+
+    def parts(
+        self, keys: Sequence[bytes], taps: Sequence[str], mask: Tensor | None = None
+    ) -> dict[str, dict[str, Tensor]]:
+        """What is kept of some examples, put together for a batch, as it is kept: by tap and part.
+
+        Args:
+            keys: Of the examples.
+            taps: Which.
+            mask: (B, L), where the positions of each example stand; None where all have as many.
 
         Raises:
-            KeyError: it is not there.
-            ValueError: its shard is damaged.
+            KeyError: an example is not there.
+            ValueError: a shard is damaged, or an example has another number of positions than the mask says.
         """
-        fresh = self._fresh.get(key, {}).get(tap)
-        if fresh is not None:
-            return fresh
-        shard, row = self._places[tap][key]
-        return shard.get(tap, row)
+        positions = Positions(mask) if mask is not None and mask.ndim == 2 else None
+        found: dict[tuple[int, ...], Any] = {}
+        joined = {}
+        for tap in taps:
+            tables = self._index.tables(tap)
+            known = tuple(map(id, tables))
+            if known not in found:
+                found[known] = self._index.find(keys, tables, positions)
+            blocks, gathering = found[known]
+            parts = blocks[0].taps[tap]["parts"] if blocks else []
+            joined[tap] = {part: gathering.join([block.column(tap, part) for block in blocks]) for part in parts}
+        return joined
+
+    def read(self, keys: Sequence[bytes], taps: Sequence[str], mask: Tensor | None = None) -> dict[str, Any]:
+        """The signals of some examples as a batch; see `parts`.
+
+        Returns:
+            By tap a tensor or a `limbeck.types.Sparse`.
+        """
+        parts = self.parts(keys, taps, mask)
+        return {tap: self._forms[tap].decode(parts[tap], int(self.form(tap).get(SIZE, 0))) for tap in taps}
 
     def kind(self, tap: str) -> Kind:
         """How the examples of a tap are kept.
@@ -90,47 +122,59 @@ class Store:
         Raises:
             KeyError: nothing of it is kept.
         """
-        return self._kinds[tap]
+        return self._taps[tap][0]
 
-    def put(
-        self, keys: Sequence[bytes], kinds: Mapping[str, Kind], values: Mapping[str, Sequence[Tensor]]
-    ) -> None:
-        """Keep taps of some examples.
+    def form(self, tap: str) -> Mapping[str, Any]:
+        """In which form a tap is kept; see `limbeck.cache.forms.describe`.
+
+        Raises:
+            KeyError: nothing of it is kept.
+        """
+        return self._taps[tap][1]
+
+    def put(self, keys: Sequence[bytes], taps: Mapping[str, Tap]) -> None:
+        """Keep taps of some examples; what is kept already stays as it is.
 
         Args:
             keys: Of the examples.
-            kinds: How the examples of each tap are kept.
-            values: Each tap's examples, in the order of the keys.
+            taps: Their values, in the order of the keys.
 
         Raises:
-            ValueError: a tap whose examples were kept in another way before.
+            ValueError: a tap that was kept in another way before.
             OSError: the disk is full.
         """
-        for tap, kind in kinds.items():
-            self._know(tap, kind)
-        for place, key in enumerate(keys):
-            entry = self._fresh.setdefault(key, {})
-            for tap in kinds:
-                if not self.holds(key, tap):
-                    entry[tap] = piece = values[tap][place].detach().cpu()
-                    self._fresh_bytes += piece.numel() * piece.element_size()
-        if self.folder is not None and self._fresh_bytes >= self.shard_bytes:
+        for name, tap in taps.items():
+            self._know(name, tap.kind, tap.form)
+        new: dict[tuple[int, ...], dict[str, Tap]] = {}
+        for name, tap in taps.items():
+            new.setdefault(tuple(self.missing(keys, [name])), {})[name] = tap
+        for places, together in new.items():
+            if places:
+                self._hold(Block.of(keys, together, None if len(places) == len(keys) else places))
+        if self._fresh_bytes >= self.shard_bytes:
             self.flush()
+        elif len(self._fresh) >= MOST_BLOCKS and self._fresh_bytes >= 2 * self._merged_bytes:
+            self._merge()
+            self._merged_bytes = self._fresh_bytes
 
     def flush(self) -> None:
-        """Bring to disk what is in memory alone."""
+        """Bring to disk what is in memory alone; without a folder, bring it together."""
         if self.folder is None:
+            self._whole += self._merge()
+            self._fresh, self._fresh_bytes, self._merged_bytes = [], 0, 0
             return
-        for names in dict.fromkeys(tuple(sorted(entry)) for entry in self._fresh.values()):
-            keys = [key for key, entry in self._fresh.items() if tuple(sorted(entry)) == names]
-            if not names:
-                continue
-            kinds = {tap: self._kinds[tap] for tap in names}
-            columns = Columns(kinds, {tap: [self._fresh[key][tap] for key in keys] for tap in names})
-            path = write_shard(self.folder, self._writer, self._written, keys, columns)
+        for numbers in self._alike():
+            blocks = [block for number in numbers if (block := self._index.blocks[number]) is not None]
+            self._add(write_shard(self.folder, self._writer, self._written, blocks))
             self._written += 1
-            self._add(path)
-        self._fresh, self._fresh_bytes = {}, 0
+            self._index.forget(numbers)
+            self._fresh = [number for number in self._fresh if number not in numbers]
+        self._fresh_bytes = self._merged_bytes = 0
+
+    def drop(self) -> None:
+        """Let go of what is in memory alone."""
+        self._index.forget([*self._fresh, *self._whole])
+        self._fresh, self._whole, self._fresh_bytes, self._merged_bytes = [], [], 0, 0
 
     def refresh(self) -> None:
         """See the shards that others have finished."""
@@ -141,139 +185,59 @@ class Store:
 
     def taps(self) -> set[str]:
         """The taps that are kept of any example."""
-        return set(self._kinds)
+        return set(self._taps)
+
+    def size(self, tap: str) -> tuple[int, int]:
+        """The bytes of a tap's values, and its entries: examples, positions or pairs, by its kind."""
+        held = [block.size(tap) for block in self._index.blocks if block is not None and tap in block.taps]
+        return sum(nbytes for nbytes, _ in held), sum(entries for _, entries in held)
 
     def nbytes(self) -> int:
         """The bytes on disk and in memory."""
-        return sum(shard.nbytes() for shard in self.shards.values()) + self._fresh_bytes
+        return sum(block.nbytes() for block in self._index.blocks if block is not None)
+
+    def _hold(self, block: Block) -> None:
+        self._fresh.append(self._index.add(block))
+        self._fresh_bytes += block.nbytes()
+
+    def _alike(self) -> list[list[int]]:
+        """The blocks in memory that can be one."""
+        alike: dict[str, list[int]] = {}
+        for number in self._fresh:
+            block = self._index.blocks[number]
+            assert block is not None
+            alike.setdefault(block.signature(), []).append(number)
+        return list(alike.values())
+
+    def _merge(self) -> list[int]:
+        """Make one block of all in memory that can be one; return the numbers of what comes out."""
+        self._fresh = [self._as_one(numbers) for numbers in self._alike()]
+        return self._fresh
+
+    def _as_one(self, numbers: Sequence[int]) -> int:
+        if len(numbers) == 1:
+            return numbers[0]
+        blocks = [block for number in numbers if (block := self._index.blocks[number]) is not None]
+        together = self._index.add(merged(blocks))
+        self._index.forget(numbers)
+        return together
 
     def _add(self, path: Path) -> None:
-        shard = Shard.open(path)
-        self.shards[path] = shard
-        for tap, kind in shard.kinds.items():
-            self._know(tap, kind)
-            self._places.setdefault(tap, {}).update((key, (shard, row)) for row, key in enumerate(shard.keys))
+        block = open_shard(path)
+        self.shards[path] = block
+        for name, about in block.taps.items():
+            self._know(name, about["kind"], about["form"])
+        self._index.add(block)
 
-    def _know(self, tap: str, kind: Kind) -> None:
-        if self._kinds.setdefault(tap, kind) != kind:
+    def _know(self, tap: str, kind: Kind, form: Mapping[str, Any]) -> None:
+        known, before = self._taps.setdefault(tap, (kind, form))
+        if known != kind:
             raise ValueError(
-                f"tap {tap!r} was kept by {self._kinds[tap]} and comes by {kind} now; use another cache for "
-                "batches with an attention mask and for those without"
+                f"tap {tap!r} was kept by {known} and comes by {kind} now; use another cache for batches with an "
+                "attention mask and for those without"
             )
-
-
-def _claim(folder: Path, belongs: Mapping[str, Any]) -> None:
-    """Take a new folder for these signals, or check that an old one holds them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = folder / MANIFEST
-    if manifest.is_file():
-        difference = first_difference(belongs, read_manifest(folder))
+        difference = first_difference(form, before)
         if difference:
-            raise ValueError(f"{folder} holds signals of another teacher ({difference}); choose another folder")
-        return
-    foreign = next((p.name for p in folder.iterdir() if p.is_file() and not p.name.endswith(PARTIAL)), None)
-    if foreign is not None:
-        raise ValueError(f"{folder} is no cache of limbeck, it holds {foreign!r}; choose another folder")
-    write_text(manifest, _manifest_text(belongs))
-
-
-def _manifest_text(belongs: Mapping[str, Any]) -> str:
-    content = {"format": FORMAT, "belongs": dict(belongs)}
-    checksum = digest_of(json.dumps(content, sort_keys=True).encode())
-    return json.dumps({**content, "checksum": checksum}, indent=2, sort_keys=True) + "\n"
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the signals in a folder belong to.
-
-    Raises:
-        ValueError: it is no cache, one of another format, or its manifest is damaged.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"{folder} is no cache of limbeck: it has no {MANIFEST}")
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text)
-        belongs: dict[str, Any] = found["belongs"]
-        number = found["format"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged; build the cache anew") from None
-    if number != FORMAT:
-        raise ValueError(f"{folder} has the format {number}, and this limbeck reads {FORMAT}; build it anew")
-    if text != _manifest_text(belongs):
-        raise ValueError(f"{path} is damaged; build the cache anew")
-    return belongs
-
-
-def verify(folder: Path) -> list[str]:
-    """Read every byte of a cache and list what is wrong.
-
-    Raises:
-        ValueError: it is no cache at all, or its manifest is damaged.
-
-    Example:
-        >>> import tempfile
-        >>> import torch
-        >>> place = Path(tempfile.mkdtemp())
-        >>> store = Store({"teacher": "a"}, place)
-        >>> store.put([b"k" * 16], {"logits": "row"}, {"logits": [torch.ones(3)]})
-        >>> store.flush()
-        >>> verify(place)
-        []
-    """
-    read_manifest(folder)
-    wrong = [f"{path.name} is damaged" for path in sorted(folder.glob(f"*{SUFFIX}")) if not is_whole(path)]
-    wrong += [f"{path.name} was not finished" for path in sorted(folder.glob(f"*{PARTIAL}"))]
-    return wrong
-
-
-def prune(folder: Path) -> list[str]:
-    """Delete what is damaged or was not finished, and the shards whose examples all stand in others too.
-
-    Returns:
-        The names of the files that are gone.
-
-    Raises:
-        ValueError: it is no cache.
-    """
-    read_manifest(folder)
-    gone = [*folder.glob(f"*{PARTIAL}")]
-    seen: set[tuple[bytes, str]] = set()
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
-        shard = Shard.open(path) if is_whole(path) else None
-        held = set() if shard is None else {(key, tap) for key in shard.keys for tap in shard.kinds}
-        if held <= seen:
-            gone.append(path)
-        seen |= held
-    for path in gone:
-        path.unlink()
-    return sorted(path.name for path in gone)
-
-
-def merge(target: Path, sources: Sequence[Path]) -> int:
-    """Bring the shards of other caches of the same teacher into one.
-
-    Returns:
-        The number of shards that came.
-
-    Raises:
-        ValueError: one of them is of another teacher, or damaged.
-        OSError: the disk is full.
-    """
-    from limbeck.atomic import write_bytes
-
-    belongs = read_manifest(sources[0])
-    _claim(target, belongs)
-    for source in sources:
-        difference = first_difference(belongs, read_manifest(source))
-        if difference:
-            raise ValueError(f"{source} and {sources[0]} hold signals of different teachers ({difference})")
-    came = 0
-    for path in (p for source in sources for p in sorted(source.glob(f"*{SUFFIX}"))):
-        if not is_whole(path):
-            raise ValueError(f"{path} is damaged; limbeck cache prune removes it")
-        if not (target / path.name).exists():
-            write_bytes(target / path.name, path.read_bytes())
-            came += 1
-    return came
+            raise ValueError(f"tap {tap!r} is kept in another form ({difference}); use another cache")
+        if tap not in self._forms:
+            self._forms[tap] = from_description(form)

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from limbeck.batch import ATTENTION_MASK, batch_size, take
-from limbeck.cache import Store, cut, example_keys, join, kind_of
-from limbeck.teachers.base import Teacher
-from limbeck.types import Batch, Signal
+from limbeck.cache import (
+    Dense,
+    Form,
+    Store,
+    TopKForm,
+    describe,
+    example_keys,
+    first_difference,
+    kept_by,
+    read_manifest,
+)
+from limbeck.cache.forms import DTYPES, SIZE
+from limbeck.teachers.base import Identified, Teacher
+from limbeck.types import Batch, Signal, TopK
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+__all__ = ["DTYPES", "Cached"]
 
 
 class Cached:
@@ -23,33 +36,47 @@ class Cached:
 
     Args:
         teacher: The teacher; None where all that will be asked for is kept.
-        store: Where to keep its signals.
-        dtype: ``"fp32"``, ``"bf16"`` or ``"fp16"``, in which floating values are kept.
+        place: Where to keep its signals: a folder, a `Store`, or None for memory.
+        dtype: ``"fp32"``, ``"bf16"`` or ``"fp16"``, in which floating values are kept that no form is named for.
+        forms: By tap, in which form to keep it, for example ``{"logits": TopKForm(32, temperatures=(1.0, 2.0))}``.
+        belongs: What the signals depend on beside the teacher, as flat JSON: the tokenizer, for example. Of a
+            teacher that is not `Identified` it has to say all.
 
     Attributes:
         asked: Examples asked for.
         computed: Examples that the teacher was run for.
 
     Raises:
-        ValueError: an unknown dtype.
+        ValueError: an unknown dtype; the folder holds signals of another teacher, or in another form.
+        TypeError: a folder, and a teacher that cannot say who it is.
 
     Example:
         >>> from torch import nn
         >>> from limbeck.teachers import ModuleTeacher
-        >>> teacher = Cached(ModuleTeacher(nn.Linear(2, 3)), Store({}))
+        >>> teacher = Cached(ModuleTeacher(nn.Linear(2, 3)))
         >>> batch = {"input": torch.ones(4, 2)}
         >>> same = [teacher.signal(batch, ["logits"])["logits"] for _ in range(2)]
         >>> torch.equal(*same), teacher.asked, teacher.computed
         (True, 8, 1)
     """
 
-    def __init__(self, teacher: Teacher | None, store: Store, dtype: str = "fp32") -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r} for kept signals; known: {', '.join(DTYPES)}")
+    def __init__(
+        self,
+        teacher: Teacher | None,
+        place: Store | Path | str | None = None,
+        *,
+        dtype: str = "fp32",
+        forms: Mapping[str, Form] | None = None,
+        belongs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.teacher = teacher
-        self.store = store
-        self.dtype = DTYPES[dtype]
+        self.default = Dense(dtype)
+        self.forms = dict(forms or {})
         self.asked = self.computed = 0
+        self._belongs = belongs
+        self._keeping = True
+        self._agreed: set[str] = set()
+        self.store = self._open(place)
 
     def offers(self, tap: str) -> bool:
         """Whether the teacher has this tap, or, without one, the store."""
@@ -63,36 +90,58 @@ class Cached:
         """The teacher, if there is one."""
         return {} if self.teacher is None else {"": self.teacher}
 
+    def identity(self) -> Mapping[str, Any]:
+        """What the teacher's signals depend on, and in which form they are kept.
+
+        Raises:
+            TypeError: the teacher cannot say who it is.
+        """
+        if self.teacher is None:
+            return self.store.belongs
+        if not isinstance(self.teacher, Identified) and self._belongs is None:
+            raise TypeError(
+                f"{type(self.teacher).__name__} has no identity(), and its kept signals could not be told from "
+                "another teacher's; say with belongs={...} what they depend on"
+            )
+        own = self.teacher.identity() if isinstance(self.teacher, Identified) else {}
+        named = {tap: describe(form) for tap, form in sorted(self.forms.items()) if form != self.default}
+        return {**own, **(self._belongs or {}), "kept in": self.default.dtype, "forms": named}
+
+    def forget(self) -> None:
+        """Keep nothing from now on, and let go of what is in memory alone: the inputs are new each time."""
+        self._keeping = False
+        self.store.drop()
+
     def signal(self, batch: Batch, wants: Sequence[str]) -> Signal:
         """Find the batch's signals, and let the teacher compute those that are not kept yet.
 
         Raises:
-            ValueError: there is no teacher, and some examples are not kept.
+            ValueError: there is no teacher, and some examples are not kept; or a tap is kept in another form.
         """
-        mask = batch.get(ATTENTION_MASK)
-        mask = mask.detach().cpu() if isinstance(mask, Tensor) else None
-        keys = [key.tobytes() for key in example_keys(batch)]
-        missing = self._missing(keys, wants)
-        self.asked += len(keys)
-        if missing:
-            self._compute(batch, keys, missing, wants, mask)
+        if not self._keeping and self.teacher is not None:
+            self.asked += batch_size(batch)
+            self.computed += batch_size(batch)
+            return self.teacher.signal(batch, wants)
+        keys, mask = self._ask(batch, wants)
         device = _device(batch)
-        return Signal({tap: self._joined(keys, tap, mask).to(device, non_blocking=True) for tap in wants})
+        found = self.store.read(keys, wants, mask)
+        return Signal({tap: value.to(device, non_blocking=True) for tap, value in found.items()})
 
     def learn(self, batch: Batch, wants: Sequence[str]) -> None:
         """Let the teacher compute what is not kept yet of a batch, and read nothing."""
+        self._ask(batch, wants)
+
+    def _ask(self, batch: Batch, wants: Sequence[str]) -> tuple[list[bytes], Tensor | None]:
+        """See to it that all of a batch is kept; return its examples' keys, and where their positions are."""
         mask = batch.get(ATTENTION_MASK)
-        mask = mask.detach().cpu() if isinstance(mask, Tensor) else None
+        mask = mask.detach().cpu() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         keys = [key.tobytes() for key in example_keys(batch)]
-        missing = self._missing(keys, wants)
+        self._agree(wants)
+        missing = self.store.missing(keys, wants)
         self.asked += len(keys)
         if missing:
             self._compute(batch, keys, missing, wants, mask)
-
-    def _missing(self, keys: Sequence[bytes], wants: Sequence[str]) -> list[int]:
-        """The places of examples that are not kept, each content once."""
-        first = {key: place for place, key in reversed(list(enumerate(keys)))}
-        return sorted(p for key, p in first.items() if not all(self.store.holds(key, tap) for tap in wants))
+        return keys, mask
 
     def _compute(
         self, batch: Batch, keys: Sequence[bytes], places: list[int], wants: Sequence[str], mask: Tensor | None
@@ -102,23 +151,45 @@ class Cached:
                 f"{len(places)} of {len(keys)} examples of a batch are not in the cache, and there is no teacher "
                 "to ask; build the cache from the same data, tokenizer and settings, or name the teacher"
             )
+        whole = len(places) == len(keys)
+        try:
+            signal = self.teacher.signal(batch if whole else take(batch, places), wants)
+        except BaseException:  # a server that died, or an interrupt: what was paid for is not lost
+            self.store.flush()
+            raise
         self.computed += len(places)
-        part = batch if len(places) == batch_size(batch) else take(batch, places)
-        signal = self.teacher.signal(part, wants)
-        own_mask = None if mask is None else mask[places]
-        kinds = {tap: kind_of(signal[tap].shape, own_mask) for tap in wants}
-        values = {tap: cut(self._rounded(signal[tap]), kinds[tap], own_mask) for tap in wants}
-        self.store.put([keys[place] for place in places], kinds, values)
+        own_keys = [keys[place] for place in places]
+        own_mask = mask if mask is None or whole else mask[places]
+        self.store.put(own_keys, {tap: self._kept(tap, signal[tap], own_mask, own_keys) for tap in wants})
 
-    def _rounded(self, values: Tensor) -> Tensor:
-        return values.detach().cpu().to(self.dtype if values.is_floating_point() else values.dtype)
+    def _kept(self, tap: str, values: Any, mask: Tensor | None, keys: Sequence[bytes]) -> Any:
+        if tap in self.forms or not isinstance(values, TopK):
+            return kept_by(self.forms.get(tap, self.default), values, mask, keys)
+        own = TopKForm(values.ids.shape[-1], values.temperatures, self.default.dtype)
+        return kept_by(own, values, mask, keys, given=True)
 
-    def _joined(self, keys: Sequence[bytes], tap: str, mask: Tensor | None) -> Tensor:
-        pieces = [self.store.get(key, tap) for key in keys]
-        return join(pieces, self.store.kind(tap), mask)
+    def _agree(self, wants: Sequence[str]) -> None:
+        """Check that taps which are kept already are in the forms that are asked for."""
+        for tap in (set(wants) - self._agreed) & self.store.taps():
+            kept = {key: value for key, value in self.store.form(tap).items() if key != SIZE}
+            free = tap not in self.forms and (self.teacher is None or "given" in kept)
+            difference = "" if free else first_difference(describe(self.forms.get(tap, self.default)), kept)
+            if difference:
+                raise ValueError(f"tap {tap!r} is kept in another form ({difference}); use another cache")
+            self._agreed.add(tap)
+
+    def _open(self, place: Store | Path | str | None) -> Store:
+        if isinstance(place, Store):
+            return place
+        if place is None:
+            return Store({})
+        folder = Path(place).expanduser()
+        if self.teacher is not None:
+            return Store(self.identity(), folder)
+        return Store(self._belongs if self._belongs is not None else read_manifest(folder), folder)
 
 
 def _device(batch: Batch) -> torch.device:
     tensors = [value for value in batch.values() if isinstance(value, Tensor)]
     tensors += [value for given in batch.values() if isinstance(given, tuple) for value in given]
-    return next((t.device for t in tensors), torch.device("cpu"))
+    return next((t.device for t in tensors if isinstance(t, Tensor)), torch.device("cpu"))

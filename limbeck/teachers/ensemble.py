@@ -14,7 +14,6 @@ from limbeck.batch import batch_size, take, view
 from limbeck.losses.base import full_precision
 from limbeck.registry import nearest
 from limbeck.teachers.base import Identified, Teacher
-from limbeck.teachers.cached import Cached
 from limbeck.teachers.mixing import confidence, mean_of_logits, mean_of_probabilities
 from limbeck.teachers.own import Self
 from limbeck.types import LABELS, Batch, Signal, Sparse, Value
@@ -236,8 +235,6 @@ def _split(tap: str) -> tuple[str | None, str]:
 def _identity(name: str, member: Teacher) -> Mapping[str, Any]:
     if isinstance(member, Identified):
         return member.identity()
-    if isinstance(member, Cached):
-        return {**member.store.belongs, "kept in": str(member.dtype).removeprefix("torch.")}
     raise ValueError(
         f"teacher {name!r} of an ensemble, a {type(member).__name__}, cannot say what its signals depend on, so "
         "they cannot be kept; cache the other teachers one by one"

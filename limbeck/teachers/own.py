@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from hashlib import blake2b
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from limbeck.cache import json_digest
-from limbeck.cache.keys import tensor_bytes
+from limbeck.cache.keys import tensors_digest
 from limbeck.taps import Read
 from limbeck.teachers.module import Reader
 from limbeck.types import Batch, Signal
@@ -113,9 +112,8 @@ class WithoutAdapter:
         """The weights that do not train, which must be all but the adapters', and the student's structure."""
         frozen = {n: p for n, p in self.student.named_parameters() if not p.requires_grad}
         kept = {**frozen, **dict(self.student.named_buffers())}
-        weights = {name: [str(t.dtype), blake2b(tensor_bytes(t)).hexdigest()] for name, t in kept.items()}
         return {
-            "teacher": json_digest(weights),
+            "teacher": tensors_digest(kept),
             "architecture": json_digest(repr(self.student)),
             "adapters": "off",
         }
