@@ -422,7 +422,7 @@ def test_identity_tells_ensembles_apart():
         identity([one, two], temperature=2.0),
         identity([one, ModuleTeacher(two, dtype="bf16")]),
         identity([one, Cached(ModuleTeacher(two), Store({"teacher": "x"}))]),
-        identity([one, Cached(ModuleTeacher(two), Store({"teacher": "x"}), "fp16")]),
+        identity([one, Cached(ModuleTeacher(two), Store({"teacher": "x"}), dtype="fp16")]),
     ]
     for number, other in enumerate(others):
         assert other != base
