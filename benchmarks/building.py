@@ -36,7 +36,7 @@ def command(place, out):
 
 def content(folder):
     store = Store(read_manifest(folder), folder)
-    pairs = ((key, tap) for shard in store.shards.values() for key in shard.keys for tap in shard.kinds)
+    pairs = ((key, tap) for shard in store.shards.values() for key in shard.keys for tap in shard.taps)
     return {pair: store.get(*pair).clone() for pair in pairs}
 
 

@@ -50,7 +50,7 @@ def content(folder):
         (key, tap): store.get(key, tap)
         for shard in store.shards.values()
         for key in shard.keys
-        for tap in shard.kinds
+        for tap in shard.taps
     }
 
 
