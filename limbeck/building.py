@@ -13,6 +13,7 @@ import torch
 
 from limbeck.batch import to_device
 from limbeck.cache import MANIFEST, Store
+from limbeck.keeping import forms_of
 from limbeck.plan import Observer, Plan
 from limbeck.recipe import Recipe
 from limbeck.remember import bytes_needed, fingerprint, free_bytes, shard_bytes
@@ -126,11 +127,11 @@ class _Build:
         if data.augment is not None and data.variants is None:
             raise ValueError("images are augmented anew in every epoch; set task.variants=4, or no augmentation")
         self._check_room(data)
-        store = Store(fingerprint(recipe, self.teacher.loaded), self.out, shard_bytes=shard_bytes(recipe))
-        cached = Cached(self.teacher.source(), store, dtype=recipe.cache.dtype)
+        forms = forms_of(recipe.cache, [planned.term for planned in self.plan.terms])
+        store = Store(fingerprint(recipe, self.teacher, forms), self.out, shard_bytes=shard_bytes(recipe))
+        cached = Cached(self.teacher.source(), store, dtype=recipe.cache.dtype, forms=forms)
         self.run.observer.on_stage("signals")
         device, dtype = self.run.device, AUTOCAST[recipe.training.precision]
-        self.teacher.loaded.model.to(device)
         done, total, flushed = 0, len(data) * (data.variants or 1), time.monotonic()
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             for batch in self._shares(data):
@@ -157,7 +158,7 @@ class _Build:
                 yield data.batch(order[start : start + size], (seed, variant))
 
     def _check_room(self, data: Examples) -> None:
-        needed, free = bytes_needed(self.plan.terms, data, self.run.recipe.cache.dtype), free_bytes(self.out)
+        needed, free = bytes_needed(self.plan.terms, data, self.run.recipe.cache), free_bytes(self.out)
         there = sum(path.stat().st_size for path in self.out.glob("*")) if self.out.is_dir() else 0
         self.run.observer.on_note(f"what the teacher says takes about {needed / 2**20:,.1f} MiB")
         if needed - there > free:

@@ -42,7 +42,7 @@ def paired(
     Args:
         dataset: One split of a Hugging Face data set, a list of dicts, or a pandas DataFrame.
         student_tokenizer: The student's tokenizer, or the folder or hub id of one.
-        teacher_tokenizer: The teacher's.
+        teacher_tokenizer: The teacher's; or a mapping of such by name, for an `Ensemble` of teachers so called.
         text: The column with the text, or a pair of columns, which the tokenizers join.
         label: The column with labels: class numbers, names of classes, or numbers to predict (with a decimal
             point); None where there are none.
@@ -72,11 +72,14 @@ def paired(
     texts = text_rows(frame, names, SOURCE)
     labels = None if label is None else _labels(column(frame, label, SOURCE), classes)
     regression = not classes and are_scores(labels or ())
-    own, its = (
-        encode_texts(texts, labels, _tokenizer(tokenizer, side), max_length, regression)
-        for tokenizer, side in ((student_tokenizer, STUDENT), (teacher_tokenizer, TEACHER))
-    )
-    return pair(own, its)
+
+    def encoded(tokenizer: Any, side: str) -> Examples:
+        return encode_texts(texts, labels, _tokenizer(tokenizer, side), max_length, regression)
+
+    own = encoded(student_tokenizer, STUDENT)
+    if not isinstance(teacher_tokenizer, Mapping):
+        return pair(own, encoded(teacher_tokenizer, TEACHER))
+    return pair(own, beside({name: encoded(each, name) for name, each in teacher_tokenizer.items()}))
 
 
 def pair(student: Examples, teacher: Examples) -> Examples:
@@ -101,9 +104,20 @@ def pair(student: Examples, teacher: Examples) -> Examples:
         )
     if student.augment is not None or teacher.augment is not None:
         raise ValueError("augmented examples would be augmented otherwise on each side; pair them without")
-    return Examples(
-        _Pairs(student.items, teacher.items), _Collate(student.collate, teacher.collate), student.lengths
-    )
+    return beside({STUDENT: student, TEACHER: teacher})
+
+
+def beside(sides: Mapping[str, Examples]) -> Examples:
+    """Encodings of the same examples as the parts of a batch, by name; the first one's lengths are theirs.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not sides:
+        raise ValueError("there is no encoding to put beside another; name a tokenizer for each teacher")
+    items = _Beside({name: side.items for name, side in sides.items()})
+    collate = _Collate({name: side.collate for name, side in sides.items()})
+    return Examples(items, collate, next(iter(sides.values())).lengths)
 
 
 @dataclass(frozen=True)
@@ -141,31 +155,29 @@ def encode_for(task: Task, student: Any, teacher: Any) -> Encoded:
 
 
 @dataclass(frozen=True)
-class _Pairs:
-    """The examples of both sides, together."""
+class _Beside:
+    """The examples of all sides, together."""
 
-    student: Indexed
-    teacher: Indexed
+    sides: Mapping[str, Indexed]
 
     def __len__(self) -> int:
-        return len(self.student)
+        return len(next(iter(self.sides.values())))
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
-        return {STUDENT: self.student[index], TEACHER: self.teacher[index]}
+        return {name: items[index] for name, items in self.sides.items()}
 
 
 @dataclass(frozen=True)
 class _Collate:
-    """Makes a batch of each side; labels and example numbers, which both have, stand beside them."""
+    """Makes a batch of each side; labels and example numbers, which all have, stand beside them."""
 
-    student: Callable[[list[Any]], Any]
-    teacher: Callable[[list[Any]], Any]
+    sides: Mapping[str, Callable[[list[Any]], Any]]
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        own = as_batch(self.student([item[STUDENT] for item in items]))
-        its = as_batch(self.teacher([item[TEACHER] for item in items]))
-        common = {key: own[key] for key in (LABELS, EXAMPLE_ID) if key in own}
-        return {STUDENT: _without(own, LABELS, EXAMPLE_ID), TEACHER: _without(its, LABELS, EXAMPLE_ID), **common}
+        parts = {name: as_batch(make([item[name] for item in items])) for name, make in self.sides.items()}
+        first = next(iter(parts.values()))
+        common = {key: first[key] for key in (LABELS, EXAMPLE_ID) if key in first}
+        return {**{name: _without(part, LABELS, EXAMPLE_ID) for name, part in parts.items()}, **common}
 
 
 def _without(batch: Mapping[str, Any], *keys: str) -> dict[str, Any]:

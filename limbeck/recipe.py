@@ -42,11 +42,22 @@ class TeacherSpec(Strict):
         "auto", description="auto: if its head was not trained for the task"
     )
     training: Settings = Field(default_factory=Settings)
+    device: str | None = Field(None, description="where it teaches, by default where the student is")
+    dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="in which precision it teaches; by default that of the training"
+    )
+    int8: bool = Field(False, description="quantise its linear layers, on a CPU")
+    compile: bool = Field(False, description="torch.compile it")
 
     @model_validator(mode="after")
     def _options_have_a_taker(self) -> TeacherSpec:
         _refuse_options(self.model, self.options)
         return self
+
+    def ways(self) -> dict[str, Any]:
+        """How it is run when it teaches, as `limbeck.teachers.ModuleTeacher` takes it; nothing by default."""
+        chosen = {"device": self.device, "dtype": self.dtype, "int8": self.int8, "compile": self.compile}
+        return {name: value for name, value in chosen.items() if value}
 
 
 def _refuse_options(model: str | None, options: Mapping[str, Any]) -> None:
@@ -99,6 +110,14 @@ class CacheSpec(Strict):
     )
     dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="in which numbers are kept")
     gib: float = Field(16.0, gt=0, description="what is held in memory at most; more goes to the disk")
+    logits: Literal["dense", "topk", "sampled", "hybrid"] = Field(
+        "dense", description="how logits are kept: all; the k largest and the rest; draws; k largest and draws"
+    )
+    k: int = Field(32, gt=0, description="largest logits that are kept")
+    draws: int = Field(50, gt=0, description="entries that are drawn")
+    temperatures: tuple[float, ...] = Field(
+        (), description="at which they can be used, where not all are kept; by default those of the terms"
+    )
     shard_mib: float = Field(64.0, gt=0, description="size of the files; a killed process loses one at most")
 
     @field_validator("place", mode="before")

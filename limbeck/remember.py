@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from limbeck.cache import Store, json_digest, module_identity
+from limbeck.cache import Form, Store, describe, json_digest
+from limbeck.keeping import LOGITS, forms_of, logit_bytes
 from limbeck.objective import PlannedTerm
-from limbeck.recipe import Recipe
-from limbeck.tasks import Loaded
+from limbeck.recipe import CacheSpec, Recipe
 from limbeck.teachers import Cached, Teacher
 from limbeck.teachers.cached import DTYPES
 from limbeck.teaching import LiveTeacher
@@ -32,12 +32,14 @@ class Memory:
         note: What there is to say about it in the plan.
         dtype: In which floating values are kept.
         own: The run's own folder of it, to be deleted at the end.
+        forms: The forms of taps that are not kept whole.
     """
 
     store: Store | None
     note: str
     dtype: str = "fp32"
     own: Path | None = None
+    forms: Mapping[str, Form] = field(default_factory=dict)
 
     def end(self) -> None:
         """Delete what was for this run alone."""
@@ -46,7 +48,7 @@ class Memory:
 
     def teacher(self, live: Teacher) -> Teacher:
         """The teacher of a training."""
-        return live if self.store is None else Cached(live, self.store, dtype=self.dtype)
+        return live if self.store is None else Cached(live, self.store, dtype=self.dtype, forms=self.forms)
 
 
 def recall(
@@ -72,7 +74,7 @@ def recall(
         return Memory(None, "not remembered, by the recipe")
     if train.augment is not None and train.variants is None:
         return Memory(None, "not remembered: images are augmented anew in every epoch")
-    needed = bytes_needed(terms, train, cache.dtype)
+    needed, forms = bytes_needed(terms, train, cache), forms_of(cache, [planned.term for planned in terms])
     size, budget = f"about {needed / 2**20:,.1f} MiB", int(cache.gib * 2**30)
     own = folder / SIGNALS if cache.place == MEMORY else None
     place = own or Path(cache.place).expanduser()
@@ -82,11 +84,10 @@ def recall(
         return Memory(
             None, f"not remembered: {size} fit neither cache.gib={cache.gib:g} nor the {free:,} bytes free"
         )
-    store = Store(
-        fingerprint(recipe, teacher.loaded), place, shard_bytes=shard_bytes(recipe) if on_disk else budget
-    )
+    belongs = fingerprint(recipe, teacher, forms)
+    store = Store(belongs, place, shard_bytes=shard_bytes(recipe) if on_disk else budget)
     where = f"in {place}" if own is None else "on the disk for this run" if on_disk else "for this run"
-    return Memory(store, f"remembered {where}, {size}", cache.dtype, own)
+    return Memory(store, f"remembered {where}, {size}", cache.dtype, own, forms)
 
 
 def shard_bytes(recipe: Recipe) -> int:
@@ -100,7 +101,7 @@ def free_bytes(place: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def bytes_needed(terms: Sequence[PlannedTerm], train: Examples, dtype: str) -> int:
+def bytes_needed(terms: Sequence[PlannedTerm], train: Examples, cache: CacheSpec) -> int:
     """The size of what the terms read of the teacher, for all training examples.
 
     The plan's two examples are the longest; of what is kept for each position, the mean length counts.
@@ -113,22 +114,27 @@ def bytes_needed(terms: Sequence[PlannedTerm], train: Examples, dtype: str) -> i
             shapes |= dict(zip(planned.term.teacher_taps, found, strict=True))
     longest = max(train.lengths) if train.lengths else 0
     mean = sum(train.lengths) / len(train.lengths) if train.lengths else 0.0
-    total = 0.0
-    for shape in shapes.values():
+    total, item = 0.0, DTYPES[cache.dtype].itemsize
+    form = forms_of(cache, [planned.term for planned in terms]).get(LOGITS)
+    for tap, shape in shapes.items():
         cells: float = math.prod(shape[1:])
         if longest and len(shape) >= 3 and longest in shape[1:]:
             cells *= (mean / longest) ** shape[1:].count(longest)
-        total += cells
-    return int(len(train) * (train.variants or 1) * (16 + total * DTYPES[dtype].itemsize))
+        if tap == LOGITS and form is not None:
+            total += cells / shape[-1] * logit_bytes(cache, shape[-1], form)
+        else:
+            total += cells * item
+    return int(len(train) * (train.variants or 1) * (16 + total))
 
 
-def fingerprint(recipe: Recipe, teacher: Loaded) -> dict[str, Any]:
+def fingerprint(recipe: Recipe, teacher: LiveTeacher, forms: Mapping[str, Form]) -> dict[str, Any]:
     """What a teacher's signals belong to."""
     return {
-        **module_identity(teacher.model),
+        **teacher.source().identity(),
         "tokenizer": json_digest(_vocabulary(teacher.processor)),
         "computed in": recipe.training.precision,
         "kept in": recipe.cache.dtype,
+        "forms": {tap: describe(form) for tap, form in forms.items()},
     }
 
 

@@ -15,6 +15,7 @@ from limbeck.atomic import write_text
 from limbeck.distiller import Distiller
 from limbeck.encodings import Encoded, encode_for
 from limbeck.evaluate import count_parameters
+from limbeck.keeping import forms_of
 from limbeck.models import TeacherStore, check_lengths, fingerprint, load_model, save_model
 from limbeck.pairing import expose_attention, find_places, layers_of, match_places
 from limbeck.plan import Observer, Plan
@@ -185,11 +186,11 @@ class Run:
         store = TeacherStore(self.recipe, self.task)
         loaded, tuned = self.load_teacher(store, retrain)
         trained = [p for p in loaded.model.parameters() if p.requires_grad]  # before the plan freezes them
-        plan = self.preflight(self._take(LiveTeacher(loaded)), tuned)
+        plan = self.preflight(self._take(LiveTeacher(loaded, self.recipe.teacher.ways())), tuned)
         begin(tuned)
         self._show(plan)
         loaded, result = self.finetune(loaded, tuned, trained, store)
-        self.teacher = LiveTeacher(loaded)
+        self.teacher = LiveTeacher(loaded, self.recipe.teacher.ways())
         if self.recipe.found_maps and not tuned:  # another teacher may pair its layers otherwise
             self.matches = {}
             plan = self.preflight(self.student().model, tuned=True)
@@ -295,10 +296,13 @@ class Run:
         recipe, teacher = self.recipe, self.teacher
         about = teacher.about(self.task, recipe.student.path)
         check_lengths({"teacher": about.most_tokens, "student": most_tokens(student)}, self.data)
-        distiller = Distiller(student, teacher.source(), self.terms(student), balance=recipe.balance)
+        terms = self.terms(student)
+        distiller = Distiller(
+            student, teacher.as_kept(forms_of(recipe.cache, terms)), terms, balance=recipe.balance
+        )
         if isinstance(teacher, KeptTeacher):
             teacher.check_holds(self.data.teacher[TRAIN], distiller.wants)
-        terms = distiller.preflight(longest(self.data.training))
+        planned = distiller.preflight(longest(self.data.training))
         recipe.training.build_optimizer(student, distiller.objective)
         steps = {"student": self.steps(recipe.training)}
         if not tuned:
@@ -307,17 +311,11 @@ class Run:
         return Plan(
             task=self.task.name,
             examples={name: len(rows) for name, rows in self.task.splits.items()},
-            terms=terms,
+            terms=planned,
             parameters={"teacher": about.parameters, "student": count_parameters(student)},
             steps=steps,
-            teacher=self.state_of_teacher(tuned),
+            teacher=teacher.state(tuned),
         )
-
-    def state_of_teacher(self, tuned: bool) -> str:
-        """What happens with the teacher, in words."""
-        if isinstance(self.teacher, KeptTeacher):
-            return "not here, its signals are"
-        return "ready" if tuned else "to be fine-tuned on the task first"
 
     def steps(self, settings: Settings) -> int:
         """The number of updates of a training."""

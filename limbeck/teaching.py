@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from limbeck.atomic import write_tensors, write_text
-from limbeck.cache import Store, example_keys, json_digest, read_manifest
+from limbeck.cache import Form, Store, example_keys, json_digest, read_manifest
 from limbeck.evaluate import count_parameters, size_in_bytes
 from limbeck.metrics import Array
 from limbeck.models import fingerprint, make_student, save_model
@@ -61,9 +62,15 @@ class About:
 
 @dataclass(frozen=True)
 class LiveTeacher:
-    """A teacher whose model is in this process."""
+    """A teacher whose model is in this process.
+
+    Attributes:
+        loaded: The model with its processor.
+        ways: How it is run when it teaches; see `limbeck.recipe.TeacherSpec.ways`.
+    """
 
     loaded: Loaded
+    ways: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def processor(self) -> Any:
@@ -83,9 +90,21 @@ class LiveTeacher:
         sizes = count_parameters(model), size_in_bytes(model), most_tokens(model)
         return About(task.name, tuple(task.labels), data, *sizes, layers)
 
-    def source(self) -> Teacher:
+    def source(self) -> ModuleTeacher:
         """What says something to a student."""
-        return ModuleTeacher(self.loaded.model)
+        return self._source
+
+    def as_kept(self, forms: Mapping[str, Form]) -> Teacher:
+        """The same for the plan: what it says comes in the forms in which it will be kept."""
+        return Cached(self.source(), forms=forms) if forms else self.source()
+
+    def state(self, tuned: bool) -> str:
+        """What happens with it, in words."""
+        return "ready" if tuned else "to be fine-tuned on the task first"
+
+    @cached_property
+    def _source(self) -> ModuleTeacher:  # once, since some ways take a copy
+        return ModuleTeacher(self.loaded.model, **self.ways)
 
     def student(self, spec: StudentSpec, task: Task, seed: int) -> Loaded:
         """Make the student; see `limbeck.models.make_student`."""
@@ -142,6 +161,14 @@ class KeptTeacher:
     def source(self) -> Teacher:
         """What says something to a student."""
         return Cached(None, self.store)
+
+    def as_kept(self, forms: Mapping[str, Form]) -> Teacher:
+        """The same, for it says what is kept."""
+        return self.source()
+
+    def state(self, tuned: bool) -> str:
+        """What happens with it, in words."""
+        return "not here, its signals are"
 
     def student(self, spec: StudentSpec, task: Task, seed: int) -> Loaded:
         """Make the student, from the start that was kept with the cache or from a model of its own.

@@ -39,12 +39,8 @@ def put_rows(store, count=2, **values):
     store.put(keys(count), taps)
 
 
-def get(store, key, tap):
-    return store.read([key], [tap])[tap][0]
-
-
 def content(store, count=6, start=0):
-    return [get(store, key, tap) for key in keys(count, start) for tap in ("logits", "hidden", "attention")]
+    return [store.get(key, tap) for key in keys(count, start) for tap in ("logits", "hidden", "attention")]
 
 
 def same(ours, theirs):

@@ -30,7 +30,7 @@ LAYERS = [
     "train report",
     "tasks evaluate",
     "recipe stage encodings",
-    "models pairing plan",
+    "models pairing plan keeping",
     "teaching",
     "summary remember",
     "run",

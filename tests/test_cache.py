@@ -30,7 +30,7 @@ from limbeck.cache.folder import FORMAT, MANIFEST
 from limbeck.cache.layout import Column
 from limbeck.cache.shards import Tap
 from limbeck.teachers import Cached, ModuleTeacher
-from tests.kept import BELONGS, content, filled, get, keys, put, put_rows, same
+from tests.kept import BELONGS, content, filled, keys, put, put_rows, same
 from tests.models import bert, pad, text_batch
 
 # ---- cut and joined --------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_examples_of_different_shapes_are_kept_and_not_joined(tmp_path):
         store.put(own, {"x": kept_by(Dense(), torch.full((2, 3, size, size), 1.0 * size), None, own)})
     store.flush()
     again = Store({}, tmp_path)
-    assert [tuple(get(again, keys(1, size)[0], "x").shape) for size in (4, 6)] == [(3, 4, 4), (3, 6, 6)]
+    assert [tuple(again.get(keys(1, size)[0], "x").shape) for size in (4, 6)] == [(3, 4, 4), (3, 6, 6)]
     with pytest.raises(ValueError, match="were kept with different shapes"):
         again.read([keys(1, 4)[0], keys(1, 6)[0]], ["x"])
 
@@ -171,7 +171,7 @@ def test_shards_are_written_as_they_fill(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 10
     again = Store(BELONGS, tmp_path)
     assert len(again) == 40
-    assert get(again, keys(1, 37)[0], "logits").tolist() == [37.0] * 3
+    assert again.get(keys(1, 37)[0], "logits").tolist() == [37.0] * 3
 
 
 def test_taps_may_come_one_after_the_other(tmp_path):
@@ -181,7 +181,7 @@ def test_taps_may_come_one_after_the_other(tmp_path):
     put_rows(store, a=[torch.zeros(1)] * 2, b=[torch.ones(1)] * 2)
     store.flush()
     again = Store(BELONGS, tmp_path)
-    assert [get(again, key, tap).item() for key in keys(2) for tap in "ab"] == [0.0, 1.0, 1.0, 1.0]
+    assert [again.get(key, tap).item() for key in keys(2) for tap in "ab"] == [0.0, 1.0, 1.0, 1.0]
 
 
 def test_several_writers_see_each_other(tmp_path):
@@ -193,7 +193,7 @@ def test_several_writers_see_each_other(tmp_path):
     first.refresh()
     assert len(first) == 6
     assert same(content(first, 3, 3), content(filled(), 3, 3)) or len(content(first, 3, 3)) == 9
-    assert get(first, keys(1, 4)[0], "logits").tolist() == [4.0] * 3
+    assert first.get(keys(1, 4)[0], "logits").tolist() == [4.0] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool])
@@ -203,7 +203,7 @@ def test_every_dtype_survives(tmp_path, dtype):
     store.put(keys(2), {"x": Tap("row", describe(Dense()), {"": Column("row", values)})})
     store.flush()
     again = Store(BELONGS, tmp_path)
-    assert same([get(again, key, "x") for key in keys(2)], values)
+    assert same([again.get(key, "x") for key in keys(2)], values)
     (shard,) = tmp_path.glob("*.safetensors")
     assert torch.equal(load_file(shard)["x/"], values)  # any reader of the format finds the same
 

@@ -346,11 +346,12 @@ def test_another_vocabulary_and_another_format_are_refused(tmp_path):
             super().__init__(model)
             self.signal = lambda batch, wants: Signal({"logits": torch.zeros(4, 9)})
 
-    first = Cached(Tokenized(bert().eval()), tmp_path)
+    first = Cached(Tokenized(bert().eval()), tmp_path, forms={"logits": TopKForm(2)})
     first.signal(text_batch(4, 7), ["logits"])
     first.store.flush()
+    wide = Cached(Wide(bert().eval()), tmp_path, forms={"logits": TopKForm(2)})
     with pytest.raises(ValueError, match=r"tap 'logits' is kept in another form \(size: 3 there, 9 here\)"):
-        Cached(Wide(bert().eval()), tmp_path).signal(text_batch(4, 7, seed=5), ["logits"])
+        wide.signal(text_batch(4, 7, seed=5), ["logits"])
     manifest = tmp_path / MANIFEST
     manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
     with pytest.raises(ValueError, match=f"has the format 1, and this limbeck reads {FORMAT}"):

@@ -110,3 +110,44 @@ def test_the_recipe_says_it_all(place):
     report = limbeck.distill(recipe(place, cache={"dtype": "fp16"}), place / "run")
     assert json.loads((place / "run" / "report.json").read_text())["recipe"]["cache"]["dtype"] == "fp16"
     assert report.student.teacher_examples is not None
+
+
+SPARSE = {"topk": "TopK", "sampled": "Sampled", "hybrid": "Sampled"}
+
+
+@pytest.mark.parametrize("form", SPARSE)
+def test_logits_may_be_kept_in_part(place, form):
+    loss = "forward_kl" if form == "topk" else "soft_cross_entropy"
+    terms = {"kd": {"loss": loss, "temperature": 2.0}, "labels": {"tap": "labels", "loss": "cross_entropy"}}
+    kept = recipe(place, terms=terms, cache={"logits": form, "k": 1, "draws": 8, "place": str(place / "kept")})
+    report = limbeck.distill(kept, place / "run")
+    assert 0 < report.student.teacher_examples <= report.examples["train"]
+    again = limbeck.distill({**kept, "training": {**kept["training"], "epochs": 1}}, place / "again")
+    assert again.student.teacher_examples == 0
+    hotter = {"kd": {"loss": loss, "temperature": 3.0}}
+    with pytest.raises(ValueError, match=r"temperatures: \[2\.0\] there, \[3\.0\] here"):
+        limbeck.distill({**kept, "terms": hotter}, place / "hotter")
+
+
+def test_losses_that_need_all_logits_say_so_before_anything_is_trained(place):
+    chosen = recipe(place, terms={"kd": {"loss": "logit_mse"}}, cache={"logits": "topk"})
+    with pytest.raises(ValueError, match="'logit_mse' cannot be computed from targets that hold only some"):
+        limbeck.distill(chosen, place / "run")
+    scheduled = {"schedule": "linear", "start": 4, "end": 1}
+    chosen["terms"] = {"kd": {"loss": "forward_kl", "temperature": scheduled}}
+    with pytest.raises(ValueError, match="a few logits are kept at fixed ones"):
+        limbeck.distill(chosen, place / "run")
+    assert not (place / "run").exists()
+
+
+@pytest.mark.parametrize("way", [{"dtype": "bf16"}, {"int8": True}, {"device": "cpu"}])
+def test_a_teacher_may_teach_in_another_way(place, way):
+    chosen = recipe(place, cache=str(place / "kept"))
+    chosen["teacher"] = {**chosen["teacher"], **way}
+    report = limbeck.distill(chosen, place / "run")
+    plain = limbeck.distill(recipe(place), place / "plain")
+    assert report.teacher.score == plain.teacher.score
+    if way.get("device") is None:
+        assert not torch.equal(weights(place / "run"), weights(place / "plain"))
+        with pytest.raises(ValueError, match="holds signals of another teacher"):
+            limbeck.distill(recipe(place, cache=str(place / "kept")), place / "other")

@@ -108,11 +108,11 @@ def kept_by(form: Form, values: Any, mask: Tensor | None, keys: Sequence[bytes],
     Example:
         >>> tap = kept_by(Dense("fp16"), torch.ones(2, 3), None, [b"a", b"b"])
         >>> tap.kind, tap.form, tap.parts[""].flat.dtype
-        ('row', {'form': 'dense', 'dtype': 'fp16', 'size': 3}, torch.float16)
+        ('row', {'form': 'dense', 'dtype': 'fp16'}, torch.float16)
     """
     kind = kind_of(values.shape, mask)
-    mapped = form.NAME == Dense.NAME and (kind == "pairs" or (kind == "row" and values.ndim > 2))
-    about = describe(form, None if mapped else values.shape[-1])  # of a map the last size may be a picture's
+    # dense values may have other shapes in the next batch: those of another task, or pictures of another size
+    about = describe(form, None if form.NAME == Dense.NAME else values.shape[-1])
     return Tap(kind, about | ({"given": True} if given else {}), form.encode(values, kind, mask, keys))
 
 

@@ -83,14 +83,15 @@ def example_keys(batch: Batch) -> np.ndarray[Any, np.dtype[np.void]]:
         True
     """
     size = batch_size(batch)
-    mask = batch.get(ATTENTION_MASK)
-    spans = _spans(mask) if isinstance(mask, Tensor) and mask.ndim == 2 else None
     # SHA-256, since processors have instructions for it: twice as fast here as BLAKE2
     digests = [hashlib.sha256() for _ in range(size)]
-    for name, value in sorted(_inputs(batch).items()):
-        for digest, piece in zip(digests, _pieces(name, value, mask, spans, size), strict=True):
-            for part in piece:
-                digest.update(part)
+    for before, own in _parts(batch):
+        mask = own.get(ATTENTION_MASK)
+        spans = _spans(mask) if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        for name, value in sorted(_inputs(own, size).items()):
+            for digest, piece in zip(digests, _pieces(before + name, value, mask, spans, size), strict=True):
+                for part in piece:
+                    digest.update(part)
     return np.frombuffer(b"".join(d.digest()[:KEY_BYTES] for d in digests), dtype=f"V{KEY_BYTES}")
 
 
@@ -128,9 +129,16 @@ def _bytes(tensor: Tensor) -> Any:
     return raw(tensor.detach().cpu())
 
 
-def _inputs(batch: Batch) -> Mapping[str, Any]:
+def _parts(batch: Batch, before: str = "") -> Iterator[tuple[str, Batch]]:
+    """A batch, and the batches of several teachers in it, with what stands before their names."""
+    yield before, batch
+    for name, part in sorted(batch.items()):
+        if isinstance(part, Mapping):
+            yield from _parts(part, f"{before}{name}/")
+
+
+def _inputs(batch: Batch, size: int) -> Mapping[str, Any]:
     """What a teacher may read: tensors of examples, lists of texts, and texts for the whole batch."""
-    size = batch_size(batch)
     named = {key: value for key, value in batch.items() if key not in (LABELS, EXAMPLE_ID, INPUTS)}
     placed = {f"{INPUTS} {i}": value for i, value in enumerate(positional(batch))}
     own = batch.get(INPUTS)

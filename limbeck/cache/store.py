@@ -116,6 +116,15 @@ class Store:
         parts = self.parts(keys, taps, mask)
         return {tap: self._forms[tap].decode(parts[tap], int(self.form(tap).get(SIZE, 0))) for tap in taps}
 
+    def get(self, key: bytes, tap: str) -> Any:
+        """The signal of one example alone; see `read`.
+
+        Raises:
+            KeyError: it is not there.
+            ValueError: its shard is damaged.
+        """
+        return self.read([key], [tap])[tap][0]
+
     def kind(self, tap: str) -> Kind:
         """How the examples of a tap are kept.
 
