@@ -29,6 +29,7 @@ from limbeck.teachers import (
     record,
     within,
 )
+from limbeck.teachers.members import check_students
 from limbeck.terms import Term
 from limbeck.types import STUDENT, TEACHER, TEACHER_CACHE, Batch, Output, Signal
 
@@ -206,7 +207,7 @@ class Distiller(nn.Module):
             cached.store.flush()
 
     def _remembering(self) -> list[Cached]:
-        return [teacher for teacher in within(self.teacher) if isinstance(teacher, Cached)]
+        return [teacher for _, teacher in within(self.teacher) if isinstance(teacher, Cached)]
 
     @property
     def teacher_seconds(self) -> float:
@@ -259,15 +260,12 @@ class Distiller(nn.Module):
     def _borrow(self, path: str, task: str | None) -> nn.Module:
         """A part of the teacher, for a loss that passes the student's features through it."""
         live = _live(self._teacher_of(task))
-        if live is None:
+        prefix = next((prefix for prefix in sorted(live, reverse=True) if path.startswith(prefix)), None)
+        if prefix is None:
             raise ValueError(
                 f"the loss needs the teacher's {path!r}, and the teacher is no module in this process"
             )
-        modules = dict(live.module.named_modules())
-        if path not in modules:
-            raise ValueError(f"the teacher has no module {path!r}; {nearest(path, modules)}")
-        module: nn.Module = modules[path]
-        return module
+        return live[prefix].lend(path.removeprefix(prefix))
 
     def _logits(self, seen: Mapping[str, Tensor], output: Any) -> Tensor | None:
         if "logits" in seen:
@@ -312,9 +310,15 @@ class Distiller(nn.Module):
                 hint = nearest(missing, teacher.names())
                 raise ValueError(f"{where(term)}: the teacher has no {missing!r}; {hint}")
 
-        live, named = _live(self.teacher), self.read or self.teacher_read
-        if live is not None and not named and any("logits" in t.teacher_taps for t in self.terms):
-            check_same_labels(self.student, live.module)
+        if self.read is None and self.teacher_read is None:
+            self._check_labels()
+
+    def _check_labels(self) -> None:
+        """Refuse teachers of other classes than the student's, or in another order, where logits are read."""
+        read = {tap for term in self.terms for tap in term.teacher_taps}
+        for prefix, live in _live(self.teacher).items():
+            if {"logits", f"{prefix}logits"} & read:
+                check_same_labels(self.student, live.module)
 
     def _check_tokens(self, batch: Batch, own: Batch, student: Signal, teacher: Signal | None) -> None:
         """Refuse terms by token where both models were given inputs of their own, of other tokens."""
@@ -347,15 +351,14 @@ def _detached(student: Signal) -> Signal:
     return Signal({tap: tensor.detach() for tap, tensor in student.values.items()})
 
 
-def _live(teacher: Teacher | None) -> ModuleTeacher | None:
-    """The module behind a teacher, in this process, if there is one."""
-    teacher = teacher.teacher if isinstance(teacher, Cached) else teacher
-    return teacher if isinstance(teacher, ModuleTeacher) else None
+def _live(teacher: Teacher | None) -> dict[str, ModuleTeacher]:
+    """The modules behind a teacher, in this process, by what stands before their taps."""
+    return {prefix: inner for prefix, inner in within(teacher) if isinstance(inner, ModuleTeacher)}
 
 
 def _check_apart(student: nn.Module, teacher: Teacher | None) -> None:
     """A teacher is frozen, and a student that shares weights with it would be, too."""
     own = {id(parameter) for parameter in student.parameters()}
-    for live in within(teacher):
-        if isinstance(live, ModuleTeacher) and not own.isdisjoint(id(p) for p in live.module.parameters()):
-            raise ValueError("student and teacher share weights; pass copy.deepcopy(teacher) as the teacher")
+    if any(id(p) in own for live in _live(teacher).values() for p in live.module.parameters()):
+        raise ValueError("student and teacher share weights; pass copy.deepcopy(teacher) as the teacher")
+    check_students(student, teacher)

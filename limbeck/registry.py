@@ -47,7 +47,7 @@ def closest(name: str, known: Iterable[str], cutoff: float = 0.55) -> list[str]:
         ['bert.layer.1', 'head.layer.1', 'layer']
     """
     known = sorted(known)
-    endings = [path for path in known if path.endswith(f".{name}")] if name else []
+    endings = [path for path in known if path.endswith((f".{name}", f":{name}"))] if name else []
     alike = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
     return [*endings, *(path for path in alike if path not in endings)][:3]
 

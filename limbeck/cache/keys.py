@@ -29,8 +29,13 @@ def weights_digest(module: nn.Module) -> str:
         >>> weights_digest(one) == weights_digest(one), weights_digest(one) == weights_digest(two)
         (True, False)
     """
+    return tensors_digest(module.state_dict())
+
+
+def tensors_digest(named: Mapping[str, Tensor]) -> str:
+    """A digest of tensors: their names, dtypes, shapes and values."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(named.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(raw(tensor.detach().cpu().reshape(1, -1)).data)
     return digest.hexdigest()

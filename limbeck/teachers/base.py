@@ -35,26 +35,39 @@ class Identified(Protocol):
 
 
 @runtime_checkable
-class Combined(Protocol):
-    """A teacher that stands on others: one for each task, several mixed, one that is remembered."""
+class Stateful(Protocol):
+    """A teacher that changes in training; checkpoints keep its state."""
 
-    def members(self) -> Iterable[Teacher]:
-        """Those that it asks."""
+    def state(self) -> dict[str, Any]:
+        """All that its next signals depend on, as nested dicts of tensors and what JSON can hold."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; called when the student's weights are back."""
         ...
 
 
-def within(teacher: Teacher | None) -> Iterator[Teacher]:
-    """A teacher and all that it stands on, itself first.
+@runtime_checkable
+class Combined(Protocol):
+    """A teacher that stands on others: one for each task, several mixed, one that is remembered."""
+
+    def parts(self) -> Mapping[str, Teacher]:
+        """Those that it asks, by what stands before their taps."""
+        ...
+
+
+def within(teacher: Teacher | None) -> Iterator[tuple[str, Teacher]]:
+    """A teacher and all that it stands on, itself first, with what stands before their taps.
 
     Example:
         >>> from torch import nn
-        >>> from limbeck.teachers import ByTask
-        >>> [type(t).__name__ for t in within(ByTask({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)}))]
-        ['ByTask', 'ModuleTeacher', 'ModuleTeacher']
+        >>> from limbeck.teachers import Ensemble
+        >>> [(prefix, type(t).__name__) for prefix, t in within(Ensemble({"bert": nn.Linear(2, 3)}))]
+        [('', 'Ensemble'), ('bert:', 'ModuleTeacher')]
     """
     if teacher is None:
         return
-    yield teacher
+    yield "", teacher
     if isinstance(teacher, Combined):
-        for member in teacher.members():
-            yield from within(member)
+        for before, part in teacher.parts().items():
+            yield from ((before + prefix, inner) for prefix, inner in within(part))

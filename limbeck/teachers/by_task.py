@@ -50,9 +50,9 @@ class ByTask:
             raise ValueError(f"there is no teacher for task {task!r}; {nearest(task, self.teachers)}")
         return self.teachers[task]
 
-    def members(self) -> Iterable[Teacher]:
+    def parts(self) -> Mapping[str, Teacher]:
         """The teachers of all tasks."""
-        return self.teachers.values()
+        return {f"{task}/": teacher for task, teacher in self.teachers.items()}
 
     def offers(self, tap: str) -> bool:
         """Whether the teacher of every task has this tap; of one task, ask `of`."""

@@ -86,9 +86,9 @@ class Cached:
         """What the teacher, or the store, has."""
         return self.store.taps() if self.teacher is None else self.teacher.names()
 
-    def members(self) -> Iterable[Teacher]:
+    def parts(self) -> Mapping[str, Teacher]:
         """The teacher, if there is one."""
-        return () if self.teacher is None else (self.teacher,)
+        return {} if self.teacher is None else {"": self.teacher}
 
     def identity(self) -> Mapping[str, Any]:
         """What the teacher's signals depend on, and in which form they are kept.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from limbeck.batch import batch_size, map_tensors, rows
-from limbeck.teachers import Teacher
+from limbeck.teachers import Identified, Teacher
 from limbeck.testing.checks import close, require
-from limbeck.types import Batch
+from limbeck.types import Batch, Sparse
 
 
 class TeacherContract:
@@ -33,7 +35,7 @@ class TeacherContract:
         ...     def batch(self):
         ...         return {"input": torch.linspace(0.0, 1.0, 12).view(3, 4)}
         >>> len(run(TestLinear))
-        9
+        10
     """
 
     wants: Sequence[str] = ("logits",)
@@ -110,13 +112,27 @@ class TeacherContract:
         alone = self._signal(rows(batch, 0, 1))
         self._compare(alone, {tap: tensor[:1] for tap, tensor in together.items()}, "alone")
 
+    def test_says_who_it_is(self) -> None:
+        """One that says what its signals depend on says the same each time, in a form that JSON can hold."""
+        said = [t.identity() for t in (self.teacher(), self.teacher()) if isinstance(t, Identified)]
+        texts = [json.dumps(dict(identity), sort_keys=True) for identity in said]
+        require(len(set(texts)) <= 1, f"it says {' and then '.join(texts)}")
+
     def _signal(self, batch: Batch) -> dict[str, Tensor]:
         signal = self.teacher().signal(batch, list(self.wants))
-        return {tap: signal[tap] for tap in self.wants}
+        return {name: tensor for tap in self.wants for name, tensor in _tensors(tap, signal[tap]).items()}
 
     def _compare(self, ours: Mapping[str, Tensor], expected: Mapping[str, Tensor], when: str) -> None:
         for tap, tensor in expected.items():
             close(ours[tap], tensor, f"{tap!r} {when}", self.tolerance)
+
+
+def _tensors(tap: str, value: Tensor | Sparse) -> dict[str, Tensor]:
+    """What was read at one place, as tensors with a row for each example."""
+    if isinstance(value, Tensor):
+        return {tap: value}
+    parts = {f"{tap} {field.name}": getattr(value, field.name) for field in fields(value)}
+    return {name: part for name, part in parts.items() if isinstance(part, Tensor)}
 
 
 def _flat(batch: Batch) -> dict[str, Tensor]:

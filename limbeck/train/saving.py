@@ -15,6 +15,7 @@ from torch import Tensor
 
 from limbeck.distiller import Distiller
 from limbeck.stopwatch import Stopwatch
+from limbeck.teachers.members import load_states, states
 from limbeck.train import checkpoint as files
 from limbeck.train.averages import Averages
 from limbeck.train.callbacks import State
@@ -106,7 +107,9 @@ class Checkpointer:
                 kept = {"state": state.kept(), "scaler": self.scaler.state_dict(), "belongs": self.belongs}
                 files.write_tree(kept, partial, "state")
             accelerator.wait_for_everyone()
-            own = {"random": files.random_state(), "averages": self.averages.kept()}
+            # Of each rank its own: running statistics differ between them.
+            teachers = states(self.distiller.teacher)
+            own = {"random": files.random_state(), "averages": self.averages.kept(), "teachers": teachers}
             files.write_tree(own, partial, f"rank-{accelerator.process_index}")
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
@@ -132,6 +135,7 @@ class Checkpointer:
         if kept["scaler"]:
             self.scaler.load_state_dict(kept["scaler"])
         own = files.read_tree(newest, f"rank-{accelerator.process_index}")
+        load_states(self.distiller.teacher, own.get("teachers", {}))
         files.set_random_state(own["random"])
         self.averages.restore(own["averages"], accelerator.device)
         state.checkpoint = newest
