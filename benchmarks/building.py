@@ -36,8 +36,9 @@ def command(place, out):
 
 def content(folder):
     store = Store(read_manifest(folder), folder)
-    pairs = ((key, tap) for shard in store.shards.values() for key in shard.keys for tap in shard.taps)
-    return {pair: store.get(*pair).clone() for pair in pairs}
+    keys = {key for shard in store.shards.values() for key in shard.keys}
+    found = ((key, tap, parts) for key in keys for tap, parts in store.parts([key], sorted(store.taps())).items())
+    return {(key, tap, name): tensor.clone() for key, tap, parts in found for name, tensor in parts.items()}
 
 
 def shards(folder):

@@ -47,12 +47,10 @@ def weights(folder):
 def content(folder):
     """Every part of every tap of every example, as it is kept."""
     store = Store(read_manifest(folder), folder)
-    return {
-        (key, tap): store.get(key, tap)
-        for shard in store.shards.values()
-        for key in shard.keys
-        for tap in shard.taps
-    }
+    keys = {key for shard in store.shards.values() for key in shard.keys}
+    taps = sorted(store.taps())
+    found = ((key, tap, parts) for key in keys for tap, parts in store.parts([key], taps).items())
+    return {(key, tap, name): tensor for key, tap, parts in found for name, tensor in parts.items()}
 
 
 def test_a_cache_stands_for_its_teacher(place):
