@@ -112,6 +112,9 @@ def distill(
     cache: Annotated[
         str | None, typer.Option(help="Where what the teacher says is remembered: off, memory or a folder.")
     ] = None,
+    cache_gib: Annotated[
+        float | None, typer.Option(help="GiB of it that are held in memory; more goes to the disk.")
+    ] = None,
     out: Out = None,
     changes: Set = None,
     seeds: Seeds = None,
@@ -125,7 +128,7 @@ def distill(
         "task": {key: value for key, value in chosen.items() if value},
         "teacher": {} if teacher is None else {"model": teacher},
         "student": student or {},
-        "cache": {} if cache is None else {"place": cache},
+        "cache": {key: value for key, value in (("place", cache), ("gib", cache_gib)) if value is not None},
     }
     if recipe is None and (task is None or teacher is None or student is None):
         raise ValueError("name a recipe, or --task, --teacher and --student; see: limbeck distill --help")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +33,11 @@ from limbeck.teachers import (
 from limbeck.teachers.members import check_students
 from limbeck.terms import Term
 from limbeck.types import STUDENT, TEACHER, TEACHER_CACHE, Batch, Output, Signal
+
+NEW_EACH_TIME = (
+    "what the teacher says is no longer remembered: the examples of the second epoch were not those of the first, "
+    "as where data is augmented at random; limbeck.Examples(..., augment=, variants=) repeats what it draws"
+)
 
 
 class Distiller(nn.Module):
@@ -205,6 +211,13 @@ class Distiller(nn.Module):
         """Bring to disk what the teacher remembers, so that a resumed training finds it as it was."""
         for cached in self._remembering():
             cached.store.flush()
+
+    def forget_in_vain(self) -> None:
+        """Stop remembering a teacher whose examples are new each time; called when the data was seen twice."""
+        for cached in self._remembering():
+            if cached.is_in_vain():
+                cached.forget()
+                warnings.warn(NEW_EACH_TIME, stacklevel=2)
 
     def _remembering(self) -> list[Cached]:
         return [teacher for _, teacher in within(self.teacher) if isinstance(teacher, Cached)]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from limbeck import Callback, Distiller, Settings, Term, fit
+from limbeck import Callback, Distiller, Examples, Settings, Term, fit
 from limbeck.cache import Store
 from limbeck.teachers import Cached, ModuleTeacher
 from tests.models import perceptron
@@ -102,3 +103,35 @@ def test_resume_with_a_cache_is_bit_identical(tmp_path):
         assert run(tmp_path / "b.safetensors", *options, "--kill-at", kill_at, check=False).returncode == -9
     resumed = weights(tmp_path / "b.safetensors", *options)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+class Noisy:
+    """A data set that gives other examples each time."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return {"features": torch.randn(4), "labels": torch.tensor(index % 3)}
+
+
+def test_remembering_ends_where_examples_are_new_each_time(tmp_path):
+    ours = Cached(ModuleTeacher(Table()), tmp_path)
+    with pytest.warns(UserWarning, match="no longer remembered: the examples of the second epoch"):
+        losses(ours, DataLoader(Noisy(), batch_size=8), epochs=3)
+    assert ours.computed == ours.asked - ours.found
+    kept = len(ours.store)
+    ours.signal({"features": torch.randn(3, 4)}, ["logits"])
+    assert len(ours.store) == kept
+
+
+def test_it_goes_on_where_what_is_drawn_repeats():
+    def noise(example, generator):
+        drawn = torch.from_numpy(generator.normal(size=4)).float()
+        return {**example, "features": example["features"] + drawn}
+
+    ours = Cached(ModuleTeacher(Table()))
+    examples = Examples(data(), augment=noise, variants=2)
+    assert len(losses(ours, examples, epochs=5)) == 25
+    assert 80 <= ours.computed <= 82  # two of each, and two for the plan
+    assert ours.asked >= 200

@@ -15,6 +15,8 @@ from limbeck.recipe import Places, Recipe
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 OBJECTIVES = (ROOT / "docs" / "objectives.md").read_text()
+TEACHERS = (ROOT / "docs" / "teachers.md").read_text()
+"""Its blocks build on one another."""
 RECIPES = sorted((ROOT / "limbeck" / "recipes").glob("*.yaml"))
 DATA = {"cifar10": ROOT.parent / "shared" / "data" / "cifar10"}
 """Data of the recipes that name none, where this machine has it."""
@@ -24,7 +26,10 @@ def blocks(language, text=README):
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("code", [*blocks("python"), *blocks("python", OBJECTIVES)])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize(
+    "code", [*blocks("python"), *blocks("python", OBJECTIVES), "".join(blocks("python", TEACHERS))]
+)
 def test_python_blocks_run(code):
     exec(compile(code, "a document", "exec"), {"__name__": "__main__"})
 

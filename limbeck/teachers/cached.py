@@ -27,6 +27,9 @@ from limbeck.types import Batch, Signal, TopK
 
 __all__ = ["DTYPES", "Cached"]
 
+RARELY = 0.05
+"""The share of examples that come again by chance alone, at most."""
+
 
 class Cached:
     """Remembers a teacher's signals by the content of the examples, and runs the teacher for the others alone.
@@ -35,7 +38,7 @@ class Cached:
     rounded values from the beginning, and a training does not depend on what was kept before.
 
     Args:
-        teacher: The teacher; None where all that will be asked for is kept.
+        teacher: Whatever `as_teacher` takes; None where all that will be asked for is kept.
         place: Where to keep its signals: a folder, a `Store`, or None for memory.
         dtype: ``"fp32"``, ``"bf16"`` or ``"fp16"``, in which floating values are kept that no form is named for.
         forms: By tap, in which form to keep it, for example ``{"logits": TopKForm(32, temperatures=(1.0, 2.0))}``.
@@ -44,6 +47,7 @@ class Cached:
 
     Attributes:
         asked: Examples asked for.
+        found: Those of them that were kept already.
         computed: Examples that the teacher was run for.
 
     Raises:
@@ -52,8 +56,7 @@ class Cached:
 
     Example:
         >>> from torch import nn
-        >>> from limbeck.teachers import ModuleTeacher
-        >>> teacher = Cached(ModuleTeacher(nn.Linear(2, 3)))
+        >>> teacher = Cached(nn.Linear(2, 3))
         >>> batch = {"input": torch.ones(4, 2)}
         >>> same = [teacher.signal(batch, ["logits"])["logits"] for _ in range(2)]
         >>> torch.equal(*same), teacher.asked, teacher.computed
@@ -62,17 +65,19 @@ class Cached:
 
     def __init__(
         self,
-        teacher: Teacher | None,
+        teacher: Any,
         place: Store | Path | str | None = None,
         *,
         dtype: str = "fp32",
         forms: Mapping[str, Form] | None = None,
         belongs: Mapping[str, Any] | None = None,
     ) -> None:
-        self.teacher = teacher
+        from limbeck.teachers import as_teacher  # which knows all kinds, this one too
+
+        self.teacher: Teacher | None = None if teacher is None else as_teacher(teacher)
         self.default = Dense(dtype)
         self.forms = dict(forms or {})
-        self.asked = self.computed = 0
+        self.asked = self.computed = self.found = 0
         self._belongs = belongs
         self._keeping = True
         self._agreed: set[str] = set()
@@ -112,6 +117,10 @@ class Cached:
         self._keeping = False
         self.store.drop()
 
+    def is_in_vain(self) -> bool:
+        """Whether it keeps what is hardly ever asked for again, after the data was seen more than once."""
+        return self._keeping and self.teacher is not None and self.found < RARELY * self.asked
+
     def signal(self, batch: Batch, wants: Sequence[str]) -> Signal:
         """Find the batch's signals, and let the teacher compute those that are not kept yet.
 
@@ -139,6 +148,7 @@ class Cached:
         self._agree(wants)
         missing = self.store.missing(keys, wants)
         self.asked += len(keys)
+        self.found += len(keys) - len(missing)
         if missing:
             self._compute(batch, keys, missing, wants, mask)
         return keys, mask

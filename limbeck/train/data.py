@@ -131,7 +131,13 @@ def shares(count: int, rank: int, world: int, accumulation: int) -> list[tuple[i
 
 
 class Batches(Protocol):
-    """The steps of an epoch."""
+    """The steps of an epoch.
+
+    Attributes:
+        cycle: Epochs in which every example comes once; None where that is not known.
+    """
+
+    cycle: int | None
 
     def __len__(self) -> int:
         """Steps per epoch."""
@@ -161,6 +167,7 @@ class ExampleBatches:
         self.data = data
         self.settings = settings
         self.rank, self.world = rank, world
+        self.cycle: int | None = data.variants or 1 if data.augment else 1
 
     def __len__(self) -> int:
         return -(-len(self.data) // self.settings.batch_size)
@@ -205,6 +212,7 @@ class LoaderBatches:
         self.loader = loader
         self.settings = settings
         self.rank, self.world = rank, world
+        self.cycle: int | None = 1
         if not len(loader):
             raise ValueError("the training loader is empty; check its data set and drop_last")
 

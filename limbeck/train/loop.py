@@ -26,6 +26,9 @@ from limbeck.train.saving import Checkpointer, identity
 from limbeck.train.scoring import MetricLike, Scoring
 from limbeck.train.settings import Settings
 
+SEEN_TWICE = 2
+"""How often all examples were seen when those of a teacher that is remembered must have come again."""
+
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -198,6 +201,8 @@ class _Training:
                     f"epoch {state.epoch} of the training data is empty; pass data that can be read again"
                 )
             state.epoch, state.position = state.epoch + 1, 0
+            if batches.cycle is not None and state.epoch == SEEN_TWICE * batches.cycle:
+                self.distiller.forget_in_vain()
 
     def _train_step(self, step: Step) -> None:
         """One update from the micro-batches of this rank."""

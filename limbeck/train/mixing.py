@@ -82,6 +82,7 @@ class MixedBatches:
     def __init__(self, data: Mixed, settings: Settings, rank: int = 0, world: int = 1) -> None:
         self.data = data
         self.settings = settings
+        self.cycle: int | None = None  # what is drawn may come late
         self.tasks = tuple(data.parts)
         self._streams = [_Stream(task, _batches(data, task, settings, rank, world)) for task in self.tasks]
         self.sizes = [len(stream.batches) for stream in self._streams]
