@@ -28,7 +28,7 @@ from limbeck.cache import Store
 from limbeck.encodings import pair, paired
 from limbeck.run import Observer
 from limbeck.tasks import TaskOptions, make_task
-from limbeck.teachers import Cached, ModuleTeacher
+from limbeck.teachers import Cached, Ensemble, ModuleTeacher
 from limbeck.train import predict
 from tests import tiny
 
@@ -247,6 +247,32 @@ def test_terms_by_token_are_refused_where_the_lengths_happen_to_be_equal(tokeniz
         Distiller(student, teacher, [term]).train()(**batch)
     batch["teacher"]["attention_mask"] = mask  # the same tokens, other numbers: a cleaner input, say
     assert Distiller(student, teacher, [term]).train()(**batch).loss > 0
+
+
+@pytest.mark.parametrize("kept", ["each", "all"])
+def test_several_teachers_have_tokenizers_taps_and_caches_of_their_own(tokenizers, tmp_path, kept):
+    pieces, pairs = tokenizers
+    large, small, student = roberta(pairs), bert(pieces, seed=3).eval(), bert(pieces, seed=4)
+    data = paired(rows(16), pieces, {"large": pairs, "small": pieces}, label="number")
+    batch = data.batch(range(4))
+    assert sorted(batch["teacher"]) == ["large", "small"]
+    if kept == "each":
+        members = {"large": Cached(large, tmp_path / "large"), "small": Cached(small, tmp_path / "small")}
+        teacher, caches = Ensemble(members, weights=[3, 1]), list(members.values())
+    else:
+        teacher = Cached(Ensemble({"large": large, "small": small}, weights=[3, 1]), tmp_path)
+        caches = [teacher]
+    hidden = Term("bert.encoder.layer.1", "small:bert.encoder.layer.1", loss="mse", name="hidden")
+    distiller = Distiller(student, teacher, [KD, hidden] if kept == "each" else [KD])
+    out = distiller(**batch)
+    with torch.no_grad():
+        p = 0.75 * large(**batch["teacher"]["large"]).logits.double().softmax(-1)
+        p += 0.25 * small(**batch["teacher"]["small"]).logits.double().softmax(-1)
+        log_q = student(**batch["student"]).logits.double().log_softmax(-1)
+    assert out.terms["kd"].item() == pytest.approx((p * (p.log() - log_q)).sum(-1).mean().item(), rel=1e-4)
+    assert kept == "all" or out.terms["hidden"].item() > 0
+    fit(distiller, data, settings=Settings(epochs=3, batch_size=8))
+    assert [cached.computed for cached in caches] == [16] * len(caches)
 
 
 def test_bad_data_is_refused(tokenizers):
