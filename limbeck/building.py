@@ -12,23 +12,21 @@ from typing import Any
 import torch
 
 from limbeck.batch import to_device
-from limbeck.cache import MANIFEST, Store
+from limbeck.cache import MANIFEST, WORK, Store
 from limbeck.keeping import forms_of
+from limbeck.models import TeacherStore
 from limbeck.plan import Observer, Plan
 from limbeck.recipe import Recipe
 from limbeck.remember import bytes_needed, fingerprint, free_bytes, shard_bytes
 from limbeck.run import Run, as_recipe
 from limbeck.tasks import TRAIN, is_regression, make_task
 from limbeck.teachers import Cached
-from limbeck.teaching import LiveTeacher, is_kept, keep_teacher, wanted
+from limbeck.teaching import LiveTeacher, check_repeats, is_kept, keep_teacher, wanted
 from limbeck.train import Examples
 from limbeck.train.loop import AUTOCAST
 
 FLUSH_SECONDS = 30
 """How long at most before what was computed is on the disk, for a slow teacher fills no shard for hours."""
-
-WORK = "work"
-"""The folder beside the signals in which a teacher is fine-tuned; it goes when that is done."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,9 @@ def build_cache(
         )
     _check_place(out)
     task = make_task(recipe.task)
-    run = Run(recipe.resolved(is_regression(task)), task, out / WORK, Observer(), several=True)
+    # Of each teacher its own folder: fine-tuning goes on where it is the same one, and else begins anew.
+    work = out / WORK / TeacherStore(recipe, task).folder.name
+    run = Run(recipe.resolved(is_regression(task)), task, work, Observer(), several=True)
     if run.ranks.is_main_process and observer is not None:
         run.observer = observer
     plan, result = run.teach(lambda tuned: _begin(run, tuned), retrain)
@@ -124,8 +124,7 @@ class _Build:
         from accelerate.utils import reduce
 
         recipe, data = self.run.recipe, self.run.data.teacher[TRAIN]
-        if data.augment is not None and data.variants is None:
-            raise ValueError("images are augmented anew in every epoch; set task.variants=4, or no augmentation")
+        check_repeats(data)
         self._check_room(data)
         forms = forms_of(recipe.cache, [planned.term for planned in self.plan.terms])
         store = Store(fingerprint(recipe, self.teacher, forms), self.out, shard_bytes=shard_bytes(recipe))

@@ -191,8 +191,9 @@ class KeptTeacher:
         """Count the examples that are not in the cache, before anything is trained.
 
         Raises:
-            ValueError: there are some; the message says how many.
+            ValueError: there are some; the message says how many. Or examples are new in every epoch.
         """
+        check_repeats(data)
         starts = range(0, len(data), COUNTED_AT_ONCE)
         keys = (
             key.tobytes()
@@ -203,9 +204,19 @@ class KeptTeacher:
         missing = sum(not all(self.store.holds(key, tap) for tap in wants) for key in keys)
         if missing:
             raise ValueError(
-                f"{missing:,} of {len(data):,} training examples are not in {self.folder}, and there is no "
-                "teacher to ask; build it again from this recipe (what is there stays), or name the teacher itself"
+                f"{missing:,} of {len(data) * (data.variants or 1):,} training examples are not in {self.folder}, "
+                "and there is no teacher to ask; build it again from this recipe (what is there stays), or name the teacher itself"
             )
+
+
+def check_repeats(data: Examples) -> None:
+    """Refuse examples of which none comes twice.
+
+    Raises:
+        ValueError: they are augmented anew in every epoch.
+    """
+    if data.augment is not None and data.variants is None:
+        raise ValueError("images are augmented anew in every epoch; set task.variants=4, or no augmentation")
 
 
 def is_kept(source: str) -> bool:

@@ -1,19 +1,23 @@
 """A cache that is built once and then stands for its teacher."""
 
+import itertools
 import json
 import random
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 import limbeck
 from limbeck import cli
 from limbeck.building import build_cache
-from limbeck.cache import Store, read_manifest
+from limbeck.cache import Store, merge, read_manifest
 from limbeck.recipe import Recipe
 from tests import tiny
 
@@ -83,6 +87,51 @@ def test_building_again_asks_for_nothing(place):
 
 def with_examples(count, made):
     return {**made, "task": {**made["task"], "train_examples": count}}
+
+
+def test_merged_caches_stand_for_their_teacher(place):
+    tiny.save_classifier(place / "teacher", ["bad", "good"])
+    build_cache(with_examples(20, recipe(place)), place / "some")
+    build_cache(recipe(place), place / "more")
+    merge(place / "signals", [place / "some", place / "more"])
+    assert limbeck.distill(kept(place), place / "run").student.teacher_examples == 0
+
+
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, pixel_values):
+        return {"logits": self.head(pixel_values.mean((2, 3)))}
+
+
+def pooled(task):
+    return Pooled()
+
+
+def test_a_cache_of_augmented_images_stands_for_its_teacher(tmp_path):
+    generator = np.random.default_rng(0)
+    for split, name, number in itertools.product(("train", "validation"), "ab", range(6)):
+        folder = tmp_path / "data" / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    model = {"model": f"{__name__}:pooled"}
+    asked = {
+        "task": {"name": "image", "data": str(tmp_path / "data"), "augmentation": ["crop"], "variants": 2},
+        "teacher": {**model, "training": {"steps": 1}},
+        "student": model,
+        "training": {"epochs": 3, "batch_size": 4},
+        "store": str(tmp_path / "store"),
+        "baseline": False,
+    }
+    asked["task"]["size"] = 8
+    build_cache(asked, tmp_path / "signals")
+    ours = {**asked, "teacher": {"model": f"cache:{tmp_path / 'signals'}"}}
+    assert limbeck.distill(ours, tmp_path / "run").student.teacher_examples == 0
+    ours["task"] = {**asked["task"], "variants": None}
+    with pytest.raises(ValueError, match=r"augmented anew in every epoch; set task\.variants"):
+        limbeck.distill(ours, tmp_path / "other")
 
 
 def test_of_grown_data_what_is_new_is_asked_for_and_filtered_data_is_there(place):
