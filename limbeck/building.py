@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ class _Build:
         self.run.observer.on_stage("signals")
         device, dtype = self.run.device, AUTOCAST[recipe.training.precision]
         done, total, flushed = 0, len(data) * (data.variants or 1), time.monotonic()
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None), _kept_at_the_end(store):
             for batch in self._shares(data):
                 cached.learn(to_device(batch, device), wanted(self.plan.terms))
                 if time.monotonic() - flushed > FLUSH_SECONDS:
@@ -140,7 +141,6 @@ class _Build:
                     flushed = time.monotonic()
                 done += recipe.training.batch_size * self.run.ranks.num_processes
                 self.run.observer.on_count("signals", min(done, total), total)
-        store.flush()
         computed = reduce(torch.tensor(float(cached.computed), device=device), "sum").item()
         self.run.ranks.wait_for_everyone()
         store.refresh()
@@ -165,3 +165,12 @@ class _Build:
                 f"{needed:,} bytes of signals do not fit the {free:,} free in {self.out}; make room, set "
                 "cache.dtype=fp16, or drop terms"
             )
+
+
+@contextmanager
+def _kept_at_the_end(store: Store) -> Iterator[None]:
+    """Bring to the disk what was computed, also where an interrupt or an error ends the work."""
+    try:
+        yield
+    finally:
+        store.flush()

@@ -224,7 +224,8 @@ class Distiller(nn.Module):
                 warnings.warn(NEW_EACH_TIME, stacklevel=2)
 
     def _remembering(self) -> list[Cached]:
-        return [teacher for _, teacher in within(self.teacher) if isinstance(teacher, Cached)]
+        found = (teacher for _, teacher in within(self.teacher) if isinstance(teacher, Cached))
+        return list({id(cached): cached for cached in found}.values())  # one may stand for several tasks
 
     @property
     def teacher_seconds(self) -> float:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from limbeck.atomic import write_tensors, write_text
-from limbeck.cache import Form, Store, example_keys, json_digest, read_manifest
+from limbeck.cache import Form, Store, describe, example_keys, first_difference, json_digest, read_manifest
 from limbeck.evaluate import count_parameters, size_in_bytes
 from limbeck.metrics import Array
 from limbeck.models import fingerprint, make_student, save_model
@@ -163,7 +163,20 @@ class KeptTeacher:
         return Cached(None, self.store)
 
     def as_kept(self, forms: Mapping[str, Form]) -> Teacher:
-        """The same, for it says what is kept."""
+        """The same, for it says what is kept.
+
+        Raises:
+            ValueError: a recipe wants logits in another form, or more or fewer of them.
+        """
+        for tap in forms.keys() & self.store.taps():
+            kept = self.store.form(tap)
+            wanted = {key: value for key, value in describe(forms[tap]).items() if key in ("form", "k", "draws")}
+            difference = first_difference(wanted, {key: kept.get(key) for key in wanted})
+            if difference:
+                raise ValueError(
+                    f"{self.folder} keeps {tap!r} otherwise than the recipe wants it ({difference}); change the "
+                    "recipe's cache, or build another one"
+                )
         return self.source()
 
     def state(self, tuned: bool) -> str:
@@ -205,7 +218,8 @@ class KeptTeacher:
         if missing:
             raise ValueError(
                 f"{missing:,} of {len(data) * (data.variants or 1):,} training examples are not in {self.folder}, "
-                "and there is no teacher to ask; build it again from this recipe (what is there stays), or name the teacher itself"
+                "and there is no teacher to ask; build it again from this recipe (what is there stays), or name "
+                "the teacher itself"
             )
 
 
