@@ -116,6 +116,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn what safetensors raises when the disk is full, which is no OSError, into the OSError that it was.
 
+    A failed write does not say which file it was of: here it does.
+
     Example:
         >>> with disk_errors(Path("weights")):
         ...     raise SafetensorError("I/O error: No space left on device (os error 28)")
@@ -129,6 +131,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync(path: Path) -> None:

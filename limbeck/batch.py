@@ -301,6 +301,18 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     return map_tensors(batch, lambda t: t.to(device, non_blocking=True))
 
 
+def device_of(batch: Batch) -> torch.device | None:
+    """Where a batch is, by the first tensor in it or in its parts; None where it holds none.
+
+    Example:
+        >>> device_of({"teacher": {"bert": {"x": torch.zeros(2, 3)}}}), device_of({"text": ["a", "b"]})
+        (device(type='cpu'), None)
+    """
+    found: list[torch.device] = []
+    map_tensors(batch, lambda tensor: found.append(tensor.device) or tensor)  # type: ignore[func-returns-value]
+    return found[0] if found else None
+
+
 def valid_positions(batch: Batch, key: str) -> Tensor | None:
     """The mask of a batch that is called `key`: (B,) or (B, L), True where a position counts.
 

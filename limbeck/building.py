@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,21 @@ from typing import Any
 import torch
 
 from limbeck.batch import to_device
-from limbeck.cache import MANIFEST, Store
+from limbeck.cache import MANIFEST, WORK, Store
 from limbeck.keeping import forms_of
+from limbeck.models import TeacherStore
 from limbeck.plan import Observer, Plan
 from limbeck.recipe import Recipe
 from limbeck.remember import bytes_needed, fingerprint, free_bytes, shard_bytes
 from limbeck.run import Run, as_recipe
 from limbeck.tasks import TRAIN, is_regression, make_task
 from limbeck.teachers import Cached
-from limbeck.teaching import LiveTeacher, is_kept, keep_teacher, wanted
+from limbeck.teaching import LiveTeacher, check_repeats, is_kept, keep_teacher, wanted
 from limbeck.train import Examples
 from limbeck.train.loop import AUTOCAST
 
 FLUSH_SECONDS = 30
 """How long at most before what was computed is on the disk, for a slow teacher fills no shard for hours."""
-
-WORK = "work"
-"""The folder beside the signals in which a teacher is fine-tuned; it goes when that is done."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,9 @@ def build_cache(
         )
     _check_place(out)
     task = make_task(recipe.task)
-    run = Run(recipe.resolved(is_regression(task)), task, out / WORK, Observer(), several=True)
+    # Of each teacher its own folder: fine-tuning goes on where it is the same one, and else begins anew.
+    work = out / WORK / TeacherStore(recipe, task).folder.name
+    run = Run(recipe.resolved(is_regression(task)), task, work, Observer(), several=True)
     if run.ranks.is_main_process and observer is not None:
         run.observer = observer
     plan, result = run.teach(lambda tuned: _begin(run, tuned), retrain)
@@ -124,8 +125,7 @@ class _Build:
         from accelerate.utils import reduce
 
         recipe, data = self.run.recipe, self.run.data.teacher[TRAIN]
-        if data.augment is not None and data.variants is None:
-            raise ValueError("images are augmented anew in every epoch; set task.variants=4, or no augmentation")
+        check_repeats(data)
         self._check_room(data)
         forms = forms_of(recipe.cache, [planned.term for planned in self.plan.terms])
         store = Store(fingerprint(recipe, self.teacher, forms), self.out, shard_bytes=shard_bytes(recipe))
@@ -133,7 +133,7 @@ class _Build:
         self.run.observer.on_stage("signals")
         device, dtype = self.run.device, AUTOCAST[recipe.training.precision]
         done, total, flushed = 0, len(data) * (data.variants or 1), time.monotonic()
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None), _kept_at_the_end(store):
             for batch in self._shares(data):
                 cached.learn(to_device(batch, device), wanted(self.plan.terms))
                 if time.monotonic() - flushed > FLUSH_SECONDS:
@@ -141,7 +141,6 @@ class _Build:
                     flushed = time.monotonic()
                 done += recipe.training.batch_size * self.run.ranks.num_processes
                 self.run.observer.on_count("signals", min(done, total), total)
-        store.flush()
         computed = reduce(torch.tensor(float(cached.computed), device=device), "sum").item()
         self.run.ranks.wait_for_everyone()
         store.refresh()
@@ -166,3 +165,12 @@ class _Build:
                 f"{needed:,} bytes of signals do not fit the {free:,} free in {self.out}; make room, set "
                 "cache.dtype=fp16, or drop terms"
             )
+
+
+@contextmanager
+def _kept_at_the_end(store: Store) -> Iterator[None]:
+    """Bring to the disk what was computed, also where an interrupt or an error ends the work."""
+    try:
+        yield
+    finally:
+        store.flush()

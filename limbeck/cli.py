@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.console import Console
 
+from limbeck.cli_cache import Interrupted
 from limbeck.cli_cache import app as cache_app
 from limbeck.registry import nearest
 
@@ -75,10 +76,6 @@ def show_help(
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-class Interrupted(Exception):  # noqa: N818  (no error: the user wanted it)
-    """Ctrl-C, with what is to be said about it; typer would swallow a KeyboardInterrupt."""
 
 
 @app.command()

@@ -11,6 +11,11 @@ from rich.console import Console
 app = typer.Typer(help="Look after kept signals of a teacher.", no_args_is_help=True)
 console = Console()
 
+
+class Interrupted(Exception):  # noqa: N818  (no error: the user wanted it)
+    """Ctrl-C, with what is to be said about it; typer would swallow a KeyboardInterrupt."""
+
+
 Folder = Annotated[Path, typer.Argument(help="A folder that a recipe named as its cache.")]
 
 
@@ -28,8 +33,12 @@ def build(
     from limbeck.progress import ConsoleObserver
     from limbeck.recipe import Recipe
 
-    with ConsoleObserver(console) as observer:
-        built = build_cache(Recipe.load(recipe, changes or []), out, retrain=retrain, observer=observer)
+    try:
+        with ConsoleObserver(console) as observer:
+            built = build_cache(Recipe.load(recipe, changes or []), out, retrain=retrain, observer=observer)
+    except KeyboardInterrupt as stop:
+        said = str(stop) or f"interrupted; what the teacher said is kept in {out}"
+        raise Interrupted(f"{said}; the same command goes on from there") from None
     if not built.is_main:
         return
     console.print(

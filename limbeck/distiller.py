@@ -212,15 +212,20 @@ class Distiller(nn.Module):
         for cached in self._remembering():
             cached.store.flush()
 
-    def forget_in_vain(self) -> None:
-        """Stop remembering a teacher whose examples are new each time; called when the data was seen twice."""
+    def forget_in_vain(self, share: float = 1.0) -> None:
+        """Stop remembering a teacher whose examples are new each time; called when the data was seen twice.
+
+        Args:
+            share: Of the data that this process sees in an epoch.
+        """
         for cached in self._remembering():
-            if cached.is_in_vain():
+            if cached.is_in_vain(share):
                 cached.forget()
                 warnings.warn(NEW_EACH_TIME, stacklevel=2)
 
     def _remembering(self) -> list[Cached]:
-        return [teacher for _, teacher in within(self.teacher) if isinstance(teacher, Cached)]
+        found = (teacher for _, teacher in within(self.teacher) if isinstance(teacher, Cached))
+        return list({id(cached): cached for cached in found}.values())  # one may stand for several tasks
 
     @property
     def teacher_seconds(self) -> float:

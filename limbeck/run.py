@@ -406,7 +406,8 @@ class Run:
 def longest(examples: Examples) -> Batch:
     """The two longest examples, which need the most of a model; any two where all are equally long."""
     lengths = examples.lengths or [0] * len(examples)
-    return examples.batch(sorted(range(len(examples)), key=lambda i: -lengths[i])[:2])
+    rows = sorted(range(len(examples)), key=lambda i: -lengths[i])[:2]
+    return examples.batch(rows, (0, 0))  # drawn as in training: a cache has no others to show
 
 
 def _processes(several: bool) -> Any:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from limbeck.atomic import write_tensors, write_text
-from limbeck.cache import Form, Store, example_keys, json_digest, read_manifest
+from limbeck.cache import Form, Store, describe, example_keys, first_difference, json_digest, read_manifest
 from limbeck.evaluate import count_parameters, size_in_bytes
 from limbeck.metrics import Array
 from limbeck.models import fingerprint, make_student, save_model
@@ -163,7 +163,20 @@ class KeptTeacher:
         return Cached(None, self.store)
 
     def as_kept(self, forms: Mapping[str, Form]) -> Teacher:
-        """The same, for it says what is kept."""
+        """The same, for it says what is kept.
+
+        Raises:
+            ValueError: a recipe wants logits in another form, or more or fewer of them.
+        """
+        for tap in forms.keys() & self.store.taps():
+            kept = self.store.form(tap)
+            wanted = {key: value for key, value in describe(forms[tap]).items() if key in ("form", "k", "draws")}
+            difference = first_difference(wanted, {key: kept.get(key) for key in wanted})
+            if difference:
+                raise ValueError(
+                    f"{self.folder} keeps {tap!r} otherwise than the recipe wants it ({difference}); change the "
+                    "recipe's cache, or build another one"
+                )
         return self.source()
 
     def state(self, tuned: bool) -> str:
@@ -191,8 +204,9 @@ class KeptTeacher:
         """Count the examples that are not in the cache, before anything is trained.
 
         Raises:
-            ValueError: there are some; the message says how many.
+            ValueError: there are some; the message says how many. Or examples are new in every epoch.
         """
+        check_repeats(data)
         starts = range(0, len(data), COUNTED_AT_ONCE)
         keys = (
             key.tobytes()
@@ -203,9 +217,20 @@ class KeptTeacher:
         missing = sum(not all(self.store.holds(key, tap) for tap in wants) for key in keys)
         if missing:
             raise ValueError(
-                f"{missing:,} of {len(data):,} training examples are not in {self.folder}, and there is no "
-                "teacher to ask; build it again from this recipe (what is there stays), or name the teacher itself"
+                f"{missing:,} of {len(data) * (data.variants or 1):,} training examples are not in {self.folder}, "
+                "and there is no teacher to ask; build it again from this recipe (what is there stays), or name "
+                "the teacher itself"
             )
+
+
+def check_repeats(data: Examples) -> None:
+    """Refuse examples of which none comes twice.
+
+    Raises:
+        ValueError: they are augmented anew in every epoch.
+    """
+    if data.augment is not None and data.variants is None:
+        raise ValueError("images are augmented anew in every epoch; set task.variants=4, or no augmentation")
 
 
 def is_kept(source: str) -> bool:

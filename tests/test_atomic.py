@@ -36,3 +36,12 @@ def test_a_failure_leaves_what_was_there(tmp_path, failure):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(OSError, match="No such file or directory"):
         atomic.write_tensors(tmp_path / "missing" / "file", {"a": torch.ones(2)})
+
+
+def test_a_failed_write_names_its_file(tmp_path):
+    def fails():
+        with atomic.replacing(tmp_path / "file"):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: .*file'"):
+        fails()

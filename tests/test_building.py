@@ -1,19 +1,23 @@
 """A cache that is built once and then stands for its teacher."""
 
+import itertools
 import json
 import random
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 import limbeck
 from limbeck import cli
-from limbeck.building import build_cache
-from limbeck.cache import Store, read_manifest
+from limbeck.building import _Build, build_cache
+from limbeck.cache import Store, merge, read_manifest
 from limbeck.recipe import Recipe
 from tests import tiny
 
@@ -83,6 +87,93 @@ def test_building_again_asks_for_nothing(place):
 
 def with_examples(count, made):
     return {**made, "task": {**made["task"], "train_examples": count}}
+
+
+def test_merged_caches_stand_for_their_teacher(place):
+    tiny.save_classifier(place / "teacher", ["bad", "good"])
+    build_cache(with_examples(20, recipe(place)), place / "some")
+    build_cache(recipe(place), place / "more")
+    merge(place / "signals", [place / "some", place / "more"])
+    assert limbeck.distill(kept(place), place / "run").student.teacher_examples == 0
+
+
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, pixel_values):
+        return {"logits": self.head(pixel_values.mean((2, 3)))}
+
+
+def pooled(task):
+    return Pooled()
+
+
+def test_a_cache_of_augmented_images_stands_for_its_teacher(tmp_path):
+    generator = np.random.default_rng(0)
+    for split, name, number in itertools.product(("train", "validation"), "ab", range(6)):
+        folder = tmp_path / "data" / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    model = {"model": f"{__name__}:pooled"}
+    asked = {
+        "task": {"name": "image", "data": str(tmp_path / "data"), "augmentation": ["crop"], "variants": 2},
+        "teacher": {**model, "training": {"steps": 1}},
+        "student": model,
+        "training": {"epochs": 3, "batch_size": 4},
+        "store": str(tmp_path / "store"),
+        "baseline": False,
+    }
+    asked["task"]["size"] = 8
+    build_cache(asked, tmp_path / "signals")
+    ours = {**asked, "teacher": {"model": f"cache:{tmp_path / 'signals'}"}}
+    assert limbeck.distill(ours, tmp_path / "run").student.teacher_examples == 0
+    ours["task"] = {**asked["task"], "variants": None}
+    with pytest.raises(ValueError, match=r"augmented anew in every epoch; set task\.variants"):
+        limbeck.distill(ours, tmp_path / "other")
+
+
+def test_another_number_of_logits_than_was_kept_is_refused(place):
+    form = {"logits": "topk", "k": 2}
+    terms = {"kd": {"loss": "forward_kl"}}
+    build_cache(recipe(place, cache=form, terms=terms), place / "signals")
+    said = r"keeps 'logits' otherwise than the recipe wants it \(k: 2 there, 1 here\)"
+    with pytest.raises(ValueError, match=said):
+        limbeck.distill(kept(place, cache={**form, "k": 1}, terms=terms), place / "run")
+    with pytest.raises(ValueError, match=r"form: 'top-k' there, 'sampled' here"):
+        limbeck.distill(kept(place, cache={"logits": "sampled"}, terms=terms), place / "run")
+    assert limbeck.distill(kept(place, cache=form, terms=terms), place / "run").student.teacher_examples == 0
+
+
+def test_fine_tuning_that_was_interrupted_is_not_taken_up_for_other_data(place, monkeypatch):
+    def dies(*arguments):
+        raise InterruptedError
+
+    monkeypatch.setattr("limbeck.models.TeacherStore.keep", dies)
+    for count in (20, 24):
+        with pytest.raises(InterruptedError):
+            build_cache(with_examples(count, recipe(place)), place / "signals")
+    assert len(list((place / "signals" / "work").iterdir())) == 2
+    monkeypatch.undo()
+    build_cache(with_examples(24, recipe(place)), place / "signals")
+    assert not (place / "signals" / "work").exists()
+
+
+def test_an_interrupt_keeps_what_was_said_and_says_so(place, monkeypatch, limbeck_command):
+    tiny.save_classifier(place / "teacher", ["bad", "good"])
+    (place / "recipe.yaml").write_text(Recipe.parse(recipe(place)).to_yaml())
+    shares = _Build._shares
+
+    def interrupted(build, data):
+        yield next(shares(build, data))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Build, "_shares", interrupted)
+    status, said = limbeck_command("cache", "build", place / "recipe.yaml", "--out", place / "signals")
+    assert (status, "what the teacher said is kept in" in " ".join(said.split())) == (130, True)
+    assert "nothing was begun" not in said
+    assert 0 < len(Store(read_manifest(place / "signals"), place / "signals")) <= 16
 
 
 def test_of_grown_data_what_is_new_is_asked_for_and_filtered_data_is_there(place):

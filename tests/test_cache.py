@@ -1,6 +1,7 @@
 """Kept signals: cut and joined, found by content, whole on disk or not there, and a teacher that runs once."""
 
 import copy
+import errno
 import random
 import subprocess
 import sys
@@ -139,6 +140,31 @@ def test_positional_inputs_are_content():
     first, second = torch.ones(2, 3), torch.zeros(2, 3)
     keys = [example_keys({"inputs": pair}) for pair in ((first, second), (second, first))]
     assert (keys[0] != keys[1]).all()
+
+
+@pytest.mark.parametrize(
+    "one_and_other",
+    [
+        ("a", "b"),
+        (3, 4),
+        (True, False),
+        (torch.tensor(1.0), torch.tensor(2.0)),
+        (torch.zeros(9), torch.ones(9)),
+        (("a", "b", "c", "d"), ("a", "b", "c", "e")),
+        ([torch.zeros(2), torch.zeros(2)], [torch.zeros(2), torch.ones(2)]),
+    ],
+)
+def test_what_is_for_the_whole_batch_is_content_of_all(one_and_other):
+    keys = [example_keys({**text_batch(4, 7), "extra": extra}) for extra in one_and_other]
+    assert (keys[0] != keys[1]).all()
+    again = example_keys({**text_batch(4, 7), "extra": one_and_other[0]})
+    assert (keys[0] == again).all()
+
+
+def test_a_second_sequence_is_refused():
+    batch = text_batch(4, 7)
+    with pytest.raises(ValueError, match=r"'decoder_input_ids' beside an attention mask, .* without a cache"):
+        example_keys({**batch, "decoder_input_ids": batch["input_ids"]})
 
 
 def test_any_weight_or_buffer_changes_the_digest():
@@ -353,6 +379,45 @@ def test_prune_removes_what_was_not_finished_or_stands_twice(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     assert len(prune(tmp_path)) == 2
     assert same(content(Store(BELONGS, tmp_path), 3), content(filled(count=3), 3))
+
+
+def test_there_may_be_more_shards_than_files_may_be_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = 50 + max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    try:
+        store = Store(BELONGS, tmp_path, shard_bytes=1)
+        for number in range(100):
+            put(store, 1, start=number)
+        assert len(Store(BELONGS, tmp_path).shards) == 100
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_cannot_be_read_is_an_error_and_not_damage(tmp_path, monkeypatch):
+    filled(tmp_path).flush()
+
+    def too_many(path):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr("limbeck.cache.shards._mapped_file", too_many)
+    for look in (verify, prune, lambda folder: Store(BELONGS, folder)):
+        with pytest.raises(OSError, match="Too many open files"):
+            look(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_a_shard_that_is_pruned_while_it_is_looked_at_is_none(tmp_path, monkeypatch):
+    filled(tmp_path).flush()
+    monkeypatch.setattr("limbeck.cache.store.open_shard", lambda path: path.with_name("gone").open())
+    assert len(Store(BELONGS, tmp_path)) == 0
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file, and a cache is a folder"):
+        Store(BELONGS, tmp_path / "file")
 
 
 def test_merge_brings_caches_together_but_of_one_teacher_only(tmp_path):

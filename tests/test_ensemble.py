@@ -430,6 +430,16 @@ def test_identity_tells_ensembles_apart():
     assert all(isinstance(value, (str, float, bool)) for value in base.values())
 
 
+@pytest.mark.parametrize(
+    ("mix", "why"), [("random", "draws its teacher"), ("per-sample confidence", "labels too")]
+)
+def test_what_does_not_follow_from_inputs_is_not_kept_by_them(mix, why):
+    ensemble = Ensemble([perceptron(seed=1), perceptron(seed=2)], mix=mix)
+    for teacher in (ensemble, Ensemble([ensemble])):
+        with pytest.raises(ValueError, match=f"{why}.*cache its members"):
+            Cached(teacher)
+
+
 def test_signals_that_cannot_be_kept_have_no_identity():
     with pytest.raises(ValueError, match=r"draws its teacher has nothing to keep; cache its members"):
         Ensemble([perceptron()], mix="random").identity()

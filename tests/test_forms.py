@@ -475,6 +475,18 @@ def test_inputs_that_are_new_each_time_are_forgotten():
     assert (ours.asked, ours.computed) == (8, 8)
 
 
+def test_what_comes_after_forgetting_is_in_the_form_that_came_before():
+    ours = Cached(ModuleTeacher(nn.Linear(3, 9)), forms={"logits": TopKForm(2)})
+    batch = {"input": random(4, 3)}
+    before = ours.signal(batch, ["logits"])["logits"]
+    ours.forget()
+    for _ in range(2):
+        after = ours.signal(batch, ["logits"])["logits"]
+        assert torch.equal(after.values, before.values)
+        assert len(ours._into) == len(ours.store) == 0
+    assert (ours.asked, ours.computed) == (12, 12)
+
+
 def test_what_is_on_disk_stays_when_inputs_are_forgotten(tmp_path):
     teacher = ModuleTeacher(nn.Linear(3, 2))
     ours = Cached(teacher, tmp_path)

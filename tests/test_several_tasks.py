@@ -586,6 +586,14 @@ def test_what_is_remembered_of_a_teacher_of_all_tasks_is_kept_by_task():
     assert alone.computed == 1
 
 
+def test_a_cache_that_stands_for_several_tasks_is_counted_once():
+    one = Cached(nn.Linear(small.FEATURES, 2))
+    terms = [Term("logits", loss="forward_kl", task=task) for task in ("a", "b")]
+    distiller = Distiller(nn.Linear(small.FEATURES, 2), {"a": one, "b": one}, terms)
+    distiller.distil({"input": torch.ones(3, small.FEATURES), "task": "b"})
+    assert distiller.teacher_examples == one.computed == 1
+
+
 def test_one_teacher_may_know_all_tasks():
     """A module that takes the task, as the student is one."""
     terms = [Term("logits", loss="forward_kl"), Term("body", "body", loss="mse", project="linear", task="two")]

@@ -1,6 +1,6 @@
 """What a teacher said, kept by the content of its examples: it runs once."""
 
-from limbeck.cache.folder import MANIFEST, merge, prune, read_manifest, verify
+from limbeck.cache.folder import MANIFEST, WORK, merge, prune, read_manifest, verify
 from limbeck.cache.forms import Dense, Form, HybridForm, SampledForm, TopKForm, describe, kept_by
 from limbeck.cache.keys import (
     example_keys,
@@ -15,6 +15,7 @@ from limbeck.cache.store import Store
 __all__ = [
     "KINDS",
     "MANIFEST",
+    "WORK",
     "Dense",
     "Form",
     "HybridForm",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from limbeck.cache.shards import SUFFIX, digest_of, is_whole, open_shard
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+WORK = "work"
+"""The folder beside the signals in which a teacher is fine-tuned; it goes when that is done."""
 
 
 def claim(folder: Path, belongs: Mapping[str, Any]) -> None:
@@ -22,6 +25,8 @@ def claim(folder: Path, belongs: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it holds something else, or signals of another teacher.
     """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, and a cache is a folder; name another place")
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MANIFEST).is_file():
         _check_new(folder)
@@ -82,6 +87,7 @@ def verify(folder: Path) -> list[str]:
 
     Raises:
         ValueError: it is no cache at all, or its manifest is damaged.
+        OSError: a file cannot be read.
 
     Example:
         >>> import tempfile
@@ -100,11 +106,14 @@ def verify(folder: Path) -> list[str]:
 def prune(folder: Path) -> list[str]:
     """Delete what is damaged or was not finished, and the shards whose examples all stand in others too.
 
+    Whoever reads the folder meanwhile goes on; whoever writes into it may lose the file at hand.
+
     Returns:
         The names of the files that are gone.
 
     Raises:
         ValueError: it is no cache.
+        OSError: a file cannot be read; nothing is deleted.
     """
     read_manifest(folder)
     gone = [*folder.glob(f"*{PARTIAL}")]
@@ -116,12 +125,17 @@ def prune(folder: Path) -> list[str]:
             gone.append(path)
         seen |= held
     for path in gone:
-        path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # another may prune, too
     return sorted(path.name for path in gone)
 
 
 def merge(target: Path, sources: Sequence[Path]) -> int:
     """Bring the shards of other caches of the same teacher into one.
+
+    The folders in a cache, which hold what stands for its teacher, come from the first that has them.
 
     Returns:
         The number of shards that came.
@@ -143,4 +157,9 @@ def merge(target: Path, sources: Sequence[Path]) -> int:
         if not (target / path.name).exists():
             write_bytes(target / path.name, path.read_bytes())
             came += 1
+    for folder in (p for source in sources for p in sorted(source.iterdir()) if p.is_dir() and p.name != WORK):
+        if not (target / folder.name).exists():
+            partial = target / f"{folder.name}{PARTIAL}"
+            shutil.copytree(folder, partial, dirs_exist_ok=True)
+            partial.rename(target / folder.name)
     return came

@@ -18,6 +18,7 @@ DIGEST_BYTES = 16
 # 96 bits of an example's content: two of a billion examples share a key with a chance of 6e-12. Of the 16 bytes
 # that a row may cost beside its values, this leaves 4 for everything else in a file.
 KEY_BYTES = 12
+DECODER = "decoder_"
 ORIGIN = ("_name_or_path", "transformers_version", "dtype")
 
 
@@ -66,14 +67,17 @@ def example_keys(batch: Batch) -> np.ndarray[Any, np.dtype[np.void]]:
     """One key for each example of a batch: a digest of what a teacher is given of it.
 
     Labels and example numbers do not count, and neither does padding: of entries (B, L, ...) only the positions
-    from the first to the last that the attention mask keeps. A text for the whole batch does: one
-    teacher may say different things for different tasks.
+    from the first to the last that the attention mask keeps. What is for the whole batch does, a text, a number or
+    a tensor of another length: one teacher may say different things for different tasks.
+
+    A model that counts positions from the first column, padding or not (GPT-2, BERT), says other things of texts
+    that are padded on the left, unless the batch has their ``position_ids``: these count.
 
     Returns:
         (B,), 12 bytes each.
 
     Raises:
-        ValueError: the batch holds no examples.
+        ValueError: the batch holds no examples, or a second sequence for a decoder, which has padding of its own.
 
     Example:
         >>> import torch
@@ -86,6 +90,7 @@ def example_keys(batch: Batch) -> np.ndarray[Any, np.dtype[np.void]]:
     # SHA-256, since processors have instructions for it: twice as fast here as BLAKE2
     digests = [hashlib.sha256() for _ in range(size)]
     for before, own in _parts(batch):
+        _check_one_sequence(own)
         mask = own.get(ATTENTION_MASK)
         spans = _spans(mask) if isinstance(mask, Tensor) and mask.ndim == 2 else None
         for name, value in sorted(_inputs(own, size).items()):
@@ -93,6 +98,15 @@ def example_keys(batch: Batch) -> np.ndarray[Any, np.dtype[np.void]]:
                 for part in piece:
                     digest.update(part)
     return np.frombuffer(b"".join(d.digest()[:KEY_BYTES] for d in digests), dtype=f"V{KEY_BYTES}")
+
+
+def _check_one_sequence(batch: Batch) -> None:
+    decoded = next((name for name in batch if isinstance(name, str) and name.startswith(DECODER)), None)
+    if decoded is not None and isinstance(batch.get(ATTENTION_MASK), Tensor):
+        raise ValueError(
+            f"the batch has {decoded!r} beside an attention mask, and signals are kept by the positions of one "
+            "sequence; use this teacher without a cache"
+        )
 
 
 def _spans(mask: Tensor) -> list[tuple[int, int]]:
@@ -107,8 +121,10 @@ def _pieces(
     name: str, value: Any, mask: Any, spans: Sequence[tuple[int, int]] | None, size: int
 ) -> Iterator[tuple[Any, ...]]:
     """For each example what its digest takes in of one entry: what it is, and its content."""
-    if isinstance(value, str):
-        yield from [(_head(name, "for all", len(value)), value.encode())] * size
+    if not _of_examples(value, size):
+        content = _bytes(value[None]) if isinstance(value, Tensor) else repr(value).encode()
+        what = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else "for all"
+        yield from [(_head(name, what, len(content)), content)] * size
     elif isinstance(value, list):
         yield from ((_head(name, "text", len(text)), text.encode()) for text in value)
     elif spans is not None and value.ndim > 1 and value.shape[:2] == mask.shape:
@@ -138,19 +154,28 @@ def _parts(batch: Batch, before: str = "") -> Iterator[tuple[str, Batch]]:
 
 
 def _inputs(batch: Batch, size: int) -> Mapping[str, Any]:
-    """What a teacher may read: tensors of examples, lists of texts, and texts for the whole batch."""
+    """What a teacher may read: tensors of examples, lists of texts, and what is for the whole batch."""
     named = {key: value for key, value in batch.items() if key not in (LABELS, EXAMPLE_ID, INPUTS)}
     placed = {f"{INPUTS} {i}": value for i, value in enumerate(positional(batch))}
     own = batch.get(INPUTS)
     if not isinstance(own, tuple):  # an input that a model calls by this very name
         named[INPUTS] = own
-    return {key: value for key, value in {**named, **placed}.items() if _counts(value, size)}
+    return dict(_flat({**named, **placed}))
 
 
-def _counts(value: Any, size: int) -> bool:
-    if isinstance(value, Tensor):
-        return value.ndim > 0 and len(value) == size
-    return isinstance(value, str) or (is_texts(value) and len(value) == size)
+def _flat(named: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Entries that hold something, those in lists and tuples one by one; parts come by themselves."""
+    for name, value in named.items():
+        if isinstance(value, (list, tuple)) and not is_texts(value):
+            yield from _flat({f"{name} {place}": each for place, each in enumerate(value)})
+        elif isinstance(value, (Tensor, str, int, float)) or is_texts(value):
+            yield name, value
+
+
+def _of_examples(value: Any, size: int) -> bool:
+    return (isinstance(value, Tensor) and value.ndim > 0 and len(value) == size) or (
+        is_texts(value) and len(value) == size
+    )
 
 
 def first_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -242,6 +243,7 @@ def open_shard(path: Path) -> Block:
 
     Raises:
         ValueError: it is no shard, or damaged.
+        OSError: it cannot be read, which says nothing about its content.
     """
     try:
         about, entries = _read_header(path)
@@ -250,7 +252,7 @@ def open_shard(path: Path) -> Block:
             kind, lengths = columns.get(name, ("row", ""))
             entry |= {"sum": sums[name], "kind": kind, "lengths": lengths}
         block = Block([], about["taps"], path, _unread=entries)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); limbeck cache prune removes it") from None
     whole = block._checked(KEY).tobytes()
     block.keys = [whole[i : i + KEY_BYTES] for i in range(0, len(whole), KEY_BYTES)]
@@ -259,7 +261,7 @@ def open_shard(path: Path) -> Block:
 
 def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """What a file says of itself, and its tensors, mapped."""
-    whole: Bytes = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+    whole = _mapped_file(path)
     start = 8 + int.from_bytes(whole[:8].tobytes(), "little")
     if start > len(whole) or digest_of(whole[:start].tobytes()) != path.stem.rpartition("-")[2]:
         raise ValueError("its header is not the one that its name stands for")
@@ -268,6 +270,17 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
     if start + max(entry["data_offsets"][1] for entry in header.values()) != len(whole):
         raise ValueError("it is cut short")
     return about, {name: _mapped(entry, whole[start:]) for name, entry in header.items()}
+
+
+def _mapped_file(path: Path) -> Bytes:
+    """The bytes of a file. Unlike numpy's maps, this one keeps no file open: of these a process has a thousand."""
+    with path.open("rb") as file:  # says why, where it cannot be read
+        size = os.fstat(file.fileno()).st_size
+    if not size:
+        raise ValueError("it is empty")
+    whole: Bytes = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    whole.flags.writeable = False
+    return whole
 
 
 def _mapped(entry: Mapping[str, Any], behind: Bytes) -> dict[str, Any]:
@@ -279,7 +292,11 @@ def _mapped(entry: Mapping[str, Any], behind: Bytes) -> dict[str, Any]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether all bytes of a shard are what its name says."""
+    """Whether all bytes of a shard are what its name says.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     try:
         block = open_shard(path)
         for name in block._unread:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,8 @@ class Store:
         assert self.folder is not None
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             if path not in self.shards:
-                self._add(path)
+                with suppress(FileNotFoundError):  # which was pruned at this very moment
+                    self._add(path)
 
     def taps(self) -> set[str]:
         """The taps that are kept of any example."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.batch import ATTENTION_MASK, batch_size, take
+from limbeck.batch import ATTENTION_MASK, batch_size, device_of, take
 from limbeck.cache import (
     Dense,
     Form,
@@ -22,7 +22,8 @@ from limbeck.cache import (
     read_manifest,
 )
 from limbeck.cache.forms import DTYPES, SIZE
-from limbeck.teachers.base import Identified, Teacher
+from limbeck.teachers.base import Identified, Teacher, within
+from limbeck.teachers.ensemble import Ensemble
 from limbeck.types import Batch, Signal, TopK
 
 __all__ = ["DTYPES", "Cached"]
@@ -51,7 +52,8 @@ class Cached:
         computed: Examples that the teacher was run for.
 
     Raises:
-        ValueError: an unknown dtype; the folder holds signals of another teacher, or in another form.
+        ValueError: an unknown dtype; the folder holds signals of another teacher, or in another form; an ensemble
+            whose signals do not follow from its inputs alone.
         TypeError: a folder, and a teacher that cannot say who it is.
 
     Example:
@@ -75,13 +77,14 @@ class Cached:
         from limbeck.teachers import as_teacher  # which knows all kinds, this one too
 
         self.teacher: Teacher | None = None if teacher is None else as_teacher(teacher)
+        _check_follows_from_inputs(self.teacher)
         self.default = Dense(dtype)
         self.forms = dict(forms or {})
         self.asked = self.computed = self.found = 0
         self._belongs = belongs
         self._keeping = True
         self._agreed: set[str] = set()
-        self.store = self._open(place)
+        self.store = self._into = self._open(place)
 
     def offers(self, tap: str) -> bool:
         """Whether the teacher has this tap, or, without one, the store."""
@@ -113,13 +116,22 @@ class Cached:
         return {**own, **(self._belongs or {}), "kept in": self.default.dtype, "forms": named}
 
     def forget(self) -> None:
-        """Keep nothing from now on, and let go of what is in memory alone: the inputs are new each time."""
-        self._keeping = False
-        self.store.drop()
+        """Keep nothing from now on, and let go of what is in memory alone: the inputs are new each time.
 
-    def is_in_vain(self) -> bool:
-        """Whether it keeps what is hardly ever asked for again, after the data was seen more than once."""
-        return self._keeping and self.teacher is not None and self.found < RARELY * self.asked
+        What is returned still comes in the forms in which it was kept, so that a training goes on as it began.
+        """
+        if self.teacher is not None:
+            self._keeping = False
+            self.store.drop()
+            self._into = Store({})
+
+    def is_in_vain(self, share: float = 1.0) -> bool:
+        """Whether it keeps what is hardly ever asked for again, after the data was seen more than once.
+
+        Args:
+            share: Of the data that this process sees in an epoch, each time another one.
+        """
+        return self._keeping and self.teacher is not None and self.found < RARELY * share * self.asked
 
     def signal(self, batch: Batch, wants: Sequence[str]) -> Signal:
         """Find the batch's signals, and let the teacher compute those that are not kept yet.
@@ -127,13 +139,15 @@ class Cached:
         Raises:
             ValueError: there is no teacher, and some examples are not kept; or a tap is kept in another form.
         """
-        if not self._keeping and self.teacher is not None:
+        if not self._keeping and self.teacher is not None and self.default.dtype == "fp32" and not self.forms:
             self.asked += batch_size(batch)
             self.computed += batch_size(batch)
             return self.teacher.signal(batch, wants)
         keys, mask = self._ask(batch, wants)
-        device = _device(batch)
-        found = self.store.read(keys, wants, mask)
+        device = device_of(batch) or torch.device("cpu")
+        found = self._into.read(keys, wants, mask)
+        if not self._keeping:
+            self._into.drop()
         return Signal({tap: value.to(device, non_blocking=True) for tap, value in found.items()})
 
     def learn(self, batch: Batch, wants: Sequence[str]) -> None:
@@ -146,7 +160,7 @@ class Cached:
         mask = mask.detach().cpu() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         keys = [key.tobytes() for key in example_keys(batch)]
         self._agree(wants)
-        missing = self.store.missing(keys, wants)
+        missing = self._into.missing(keys, wants)
         self.asked += len(keys)
         self.found += len(keys) - len(missing)
         if missing:
@@ -165,12 +179,12 @@ class Cached:
         try:
             signal = self.teacher.signal(batch if whole else take(batch, places), wants)
         except BaseException:  # a server that died, or an interrupt: what was paid for is not lost
-            self.store.flush()
+            self._into.flush()
             raise
         self.computed += len(places)
         own_keys = [keys[place] for place in places]
         own_mask = mask if mask is None or whole else mask[places]
-        self.store.put(own_keys, {tap: self._kept(tap, signal[tap], own_mask, own_keys) for tap in wants})
+        self._into.put(own_keys, {tap: self._kept(tap, signal[tap], own_mask, own_keys) for tap in wants})
 
     def _kept(self, tap: str, values: Any, mask: Tensor | None, keys: Sequence[bytes]) -> Any:
         if tap in self.forms or not isinstance(values, TopK):
@@ -199,7 +213,12 @@ class Cached:
         return Store(self._belongs if self._belongs is not None else read_manifest(folder), folder)
 
 
-def _device(batch: Batch) -> torch.device:
-    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
-    tensors += [value for given in batch.values() if isinstance(given, tuple) for value in given]
-    return next((t.device for t in tensors if isinstance(t, Tensor)), torch.device("cpu"))
+def _check_follows_from_inputs(teacher: Teacher | None) -> None:
+    """Refuse teachers whose signals depend on more than the inputs, by which they would be kept.
+
+    Raises:
+        ValueError: an ensemble that reads labels, or draws.
+    """
+    for _, inner in within(teacher):
+        if isinstance(inner, Ensemble):
+            inner.check_follows_from_inputs()

@@ -135,12 +135,26 @@ class Ensemble:
             ValueError: the signals do not follow from the batch alone, and cannot be kept.
         """
         if self.mix == RANDOM:
-            raise ValueError("an ensemble that draws its teacher has nothing to keep; cache its members instead")
+            self.check_follows_from_inputs()
         parts: dict[str, Any] = {"mix": self.mix, "temperature": self.temperature}
         for name, member in self.members.items():
             parts[f"{name}: weight"] = self.weights[name]
             parts |= {f"{name}: {field}": value for field, value in _identity(name, member).items()}
         return parts
+
+    def check_follows_from_inputs(self) -> None:
+        """Refuse to have signals kept by their inputs that depend on more.
+
+        Raises:
+            ValueError: labels count in the mixture, or chance.
+        """
+        if self.mix == RANDOM:
+            raise ValueError("an ensemble that draws its teacher has nothing to keep; cache its members instead")
+        if self.mix == CONFIDENCE:
+            raise ValueError(
+                "an ensemble mixed by per-sample confidence depends on labels too, and signals are kept by inputs "
+                "alone; cache its members instead"
+            )
 
     def _active(self) -> list[str]:
         """The members that take part in mixing."""

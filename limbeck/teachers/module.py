@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from limbeck.batch import map_tensors, positional
+from limbeck.batch import device_of, map_tensors, positional
 from limbeck.cache import module_identity
 from limbeck.registry import nearest
 from limbeck.taps import OUTPUT_NAMES, Read, Recorder, Tap, requested_outputs, resolve
@@ -185,7 +185,7 @@ class ModuleTeacher:
         Raises:
             ValueError: a tap that the module does not have, or a batch with nothing for it.
         """
-        home = _device(batch)
+        home = device_of(batch)
         self._follow(home)
         self.module.eval()
         with self._precision():
@@ -241,12 +241,6 @@ def _compiled_with(recorder: Recorder) -> Iterator[None]:
     recorder.pin()
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
         yield
-
-
-def _device(batch: Batch) -> torch.device | None:
-    """Where a batch is."""
-    tensors = [*positional(batch), *batch.values()]
-    return next((t.device for t in tensors if isinstance(t, torch.Tensor)), None)
 
 
 def _checked_device(device: str | torch.device) -> torch.device:

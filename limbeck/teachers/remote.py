@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from limbeck.batch import ATTENTION_MASK, is_texts
+from limbeck.batch import ATTENTION_MASK, device_of, is_texts
 from limbeck.cache.keys import json_digest
 from limbeck.teachers.answers import Answers
 from limbeck.teachers.client import Client, Key
@@ -235,7 +235,9 @@ class Remote:
         self.no_opinion += sum(row is None for row in rows)
         assert self.labels is not None
         none = [-math.log(len(self.labels))] * len(self.labels)
-        return torch.tensor([none if row is None else row for row in rows]).to(_device(batch))
+        return torch.tensor([none if row is None else row for row in rows]).to(
+            device_of(batch) or torch.device("cpu")
+        )
 
     def _opinion(self, place: int, reply: Mapping[str, Any]) -> list[float] | None:
         """Log-probabilities of the labels, None where the answer is no label."""
@@ -298,7 +300,7 @@ class Remote:
                 found.ids[row, here] = ids
                 found.values[row, here] = values.float()
                 found.log_rest[row, here, 0] = log_rest(values, found.size).float()
-        return found.to(_device(batch))
+        return found.to(device_of(batch) or torch.device("cpu"))
 
     def _completion(self, prompts: list[list[int]]) -> dict[str, Any]:
         return self._body(
@@ -372,7 +374,3 @@ def _spans(batch: Batch) -> tuple[list[list[int]], list[tuple[int, int]]]:
             "one side alone"
         )
     return ids.tolist(), list(zip(firsts.tolist(), (firsts + counts).tolist(), strict=True))
-
-
-def _device(batch: Batch) -> torch.device:
-    return next((value.device for value in batch.values() if isinstance(value, Tensor)), torch.device("cpu"))

@@ -159,8 +159,9 @@ class _Training:
             self.scoring.check(self.distiller, tasks)
         self.distiller.to(accelerator.device)
         samples = [to_device(sample, accelerator.device) for sample in batches.samples()]
-        for sample in samples:
-            self.distiller.preflight(sample)
+        with self._autocast():  # a teacher that is remembered is not asked again
+            for sample in samples:
+                self.distiller.preflight(sample)
         if settings.compile:
             self.distiller.compile_student()
         if world > 1:
@@ -190,6 +191,7 @@ class _Training:
     def _steps(self, batches: Batches) -> Iterator[Step]:
         """The steps that are left, over as many epochs as it takes; none if the training had stopped before."""
         state = self.state
+        first_whole = state.epoch + (state.position > 0)  # what was before, this process may not remember
         while state.step < state.total_steps and not self.stopped:
             before, skip = state.step, state.position
             for step in batches.epoch(state.epoch, skip):
@@ -201,8 +203,8 @@ class _Training:
                     f"epoch {state.epoch} of the training data is empty; pass data that can be read again"
                 )
             state.epoch, state.position = state.epoch + 1, 0
-            if batches.cycle is not None and state.epoch == SEEN_TWICE * batches.cycle:
-                self.distiller.forget_in_vain()
+            if batches.cycle is not None and state.epoch - first_whole == SEEN_TWICE * batches.cycle:
+                self.distiller.forget_in_vain(1 / self.accelerator.num_processes)
 
     def _train_step(self, step: Step) -> None:
         """One update from the micro-batches of this rank."""
