@@ -212,6 +212,12 @@ class Distiller(nn.Module):
         for cached in self._remembering():
             cached.store.flush()
 
+    def share(self) -> None:
+        """Take up what other processes of this training remember, once all have brought theirs to disk."""
+        for cached in self._remembering():
+            if cached.store.folder is not None:
+                cached.store.refresh()
+
     def forget_in_vain(self, share: float = 1.0) -> None:
         """Stop remembering a teacher whose examples are new each time; called when the data was seen twice.
 

@@ -52,6 +52,10 @@ class TeacherSpec(Strict):
     @model_validator(mode="after")
     def _options_have_a_taker(self) -> TeacherSpec:
         _refuse_options(self.model, self.options)
+        if self.model.startswith("cache:") and self.ways():
+            raise ValueError(
+                f"{', '.join(self.ways())} say how a teacher runs, and a cache does not run; drop them"
+            )
         return self
 
     def ways(self) -> dict[str, Any]:

@@ -11,11 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from limbeck.atomic import write_tensors, write_text
-from limbeck.cache import Form, Store, describe, example_keys, first_difference, json_digest, read_manifest
+from limbeck.cache import (
+    Form,
+    Store,
+    describe,
+    example_keys,
+    first_difference,
+    json_digest,
+    read_manifest,
+    tensors_digest,
+)
 from limbeck.evaluate import count_parameters, size_in_bytes
 from limbeck.metrics import Array
 from limbeck.models import fingerprint, make_student, save_model
@@ -47,6 +57,7 @@ class About:
         size_bytes: Bytes of its weights.
         most_tokens: How many tokens it reads; None where there is no limit.
         layers: Where its layers are, and its modules.
+        answers: Digest of its predictions on the evaluation splits.
         taken: Its layers that the student beside it begins with, if it does.
     """
 
@@ -57,6 +68,7 @@ class About:
     size_bytes: int
     most_tokens: int | None
     layers: Layers
+    answers: str = ""
     taken: tuple[int, ...] | None = None
 
 
@@ -146,8 +158,7 @@ class KeptTeacher:
             )
         described = _read_about(own / ABOUT)
         _check_task(folder, described, task)
-        answers = {name: tensor.numpy() for name, tensor in load_file(own / ANSWERS).items()}
-        return cls(folder, store, described, _load_processor(own), answers)
+        return cls(folder, store, described, _load_processor(own), _read_answers(own / ANSWERS, described))
 
     @property
     def models(self) -> dict[str, nn.Module]:
@@ -271,7 +282,8 @@ def keep_teacher(
         save_model(teacher.student(spec, task, seed=0).model, teacher.processor, folder / START)
         taken = taken if (folder / START / CONFIG).is_file() else None  # else nothing can load it again
     write_tensors(own / ANSWERS, {name: torch.from_numpy(logits) for name, logits in answers.items()})
-    about = dataclasses.replace(teacher.about(task, spec.path), taken=taken)
+    digest = tensors_digest({name: torch.from_numpy(logits) for name, logits in answers.items()})
+    about = dataclasses.replace(teacher.about(task, spec.path), taken=taken, answers=digest)
     write_text(own / ABOUT, json.dumps(dataclasses.asdict(about), indent=2))
 
 
@@ -283,6 +295,16 @@ def _read_about(path: Path) -> About:
         return About(**found)
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged; finish the cache again with limbeck cache build") from None
+
+
+def _read_answers(path: Path, about: About) -> dict[str, Array]:
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError):
+        found = {}
+    if tensors_digest(found) != about.answers:
+        raise ValueError(f"{path} is damaged; finish the cache again with limbeck cache build")
+    return {name: tensor.numpy() for name, tensor in found.items()}
 
 
 def _tuples(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -189,6 +189,11 @@ def test_of_grown_data_what_is_new_is_asked_for_and_filtered_data_is_there(place
     assert report.student.teacher_examples == 0
 
 
+def test_a_cache_has_no_way_to_run(place):
+    with pytest.raises(ValueError, match="dtype say how a teacher runs, and a cache does not run"):
+        limbeck.distill({**kept(place), "teacher": {"model": f"cache:{place}", "dtype": "bf16"}}, place / "run")
+
+
 def test_missing_examples_are_counted_before_anything_is_trained(place):
     build_cache(with_examples(20, recipe(place)), place / "signals")
     with pytest.raises(
@@ -216,6 +221,11 @@ def test_other_labels_and_other_evaluation_data_are_refused(place):
         limbeck.distill(kept(place), place / "run")
     about.write_text(json.dumps({**found, "data": {"validation": "another"}}))
     with pytest.raises(ValueError, match="answered another validation split"):
+        limbeck.distill(kept(place), place / "run")
+    about.write_text(json.dumps(found))
+    answers = place / "signals" / "teacher" / "answers.safetensors"
+    answers.write_bytes(answers.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"answers\.safetensors is damaged"):
         limbeck.distill(kept(place), place / "run")
     about.write_text("{")
     with pytest.raises(ValueError, match=r"about\.json is damaged"):

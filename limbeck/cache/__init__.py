@@ -7,6 +7,7 @@ from limbeck.cache.keys import (
     first_difference,
     json_digest,
     module_identity,
+    tensors_digest,
     weights_digest,
 )
 from limbeck.cache.layout import KINDS, Kind, kind_of
@@ -33,6 +34,7 @@ __all__ = [
     "module_identity",
     "prune",
     "read_manifest",
+    "tensors_digest",
     "verify",
     "weights_digest",
 ]

@@ -23,7 +23,7 @@ ORIGIN = ("_name_or_path", "transformers_version", "dtype")
 
 
 def weights_digest(module: nn.Module) -> str:
-    """A digest of all that a module computes with: names, dtypes, shapes and values of parameters and buffers.
+    """A digest of what a module keeps: names, dtypes, shapes and values of its parameters and saved buffers.
 
     Example:
         >>> one, two = nn.Linear(2, 2), nn.Linear(2, 2)

@@ -21,7 +21,7 @@ from limbeck.train.averages import TOTAL, Averages, StepTotals
 from limbeck.train.callbacks import Callback, State, TrackerLog
 from limbeck.train.data import Batches, Step
 from limbeck.train.mixing import MixedBatches, train_batches
-from limbeck.train.ranks import Interrupts, any_without_gradient, start_accelerator
+from limbeck.train.ranks import Interrupts, any_without_gradient, share_signals, start_accelerator
 from limbeck.train.saving import Checkpointer, identity
 from limbeck.train.scoring import MetricLike, Scoring
 from limbeck.train.settings import Settings
@@ -203,6 +203,7 @@ class _Training:
                     f"epoch {state.epoch} of the training data is empty; pass data that can be read again"
                 )
             state.epoch, state.position = state.epoch + 1, 0
+            share_signals(self.accelerator, self.distiller)
             if batches.cycle is not None and state.epoch - first_whole == SEEN_TWICE * batches.cycle:
                 self.distiller.forget_in_vain(1 / self.accelerator.num_processes)
 

@@ -82,6 +82,14 @@ def any_without_gradient(distiller: Distiller, batch: Batch) -> bool:
     return any(gradient is None for gradient in gradients)
 
 
+def share_signals(accelerator: Accelerator, distiller: Distiller) -> None:
+    """Let each rank know what the others' teachers said; called where all are at the same place, between epochs."""
+    if accelerator.num_processes > 1:
+        distiller.keep()
+        accelerator.wait_for_everyone()
+        distiller.share()
+
+
 class Interrupts:
     """Ctrl-C or a polite kill: noted, and acted on after the step at hand; a second one ends the process at once.
 
