@@ -83,7 +83,7 @@ def any_without_gradient(distiller: Distiller, batch: Batch) -> bool:
 
 
 def share_signals(accelerator: Accelerator, distiller: Distiller) -> None:
-    """Let each rank know what the others' teachers said; called where all are at the same place, between epochs."""
+    """Let each rank know what the others' teachers said; called between epochs, where all are at one place."""
     if accelerator.num_processes > 1:
         distiller.keep()
         accelerator.wait_for_everyone()
