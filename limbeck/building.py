@@ -22,7 +22,7 @@ from limbeck.remember import bytes_needed, fingerprint, free_bytes, shard_bytes
 from limbeck.run import Run, as_recipe
 from limbeck.tasks import TRAIN, is_regression, make_task
 from limbeck.teachers import Cached
-from limbeck.teaching import LiveTeacher, check_repeats, is_kept, keep_teacher, wanted
+from limbeck.teaching import FOLDER, LiveTeacher, check_repeats, claim_for, is_kept, keep_teacher, wanted
 from limbeck.train import Examples
 from limbeck.train.loop import AUTOCAST
 
@@ -78,16 +78,17 @@ def build_cache(
     _check_place(out)
     task = make_task(recipe.task)
     # Of each teacher its own folder: fine-tuning goes on where it is the same one, and else begins anew.
-    work = out / WORK / TeacherStore(recipe, task).folder.name
+    store = TeacherStore(recipe, task)
+    work = out / WORK / store.folder.name
     run = Run(recipe.resolved(is_regression(task)), task, work, Observer(), several=True)
     if run.ranks.is_main_process and observer is not None:
         run.observer = observer
-    plan, result = run.teach(lambda tuned: _begin(run, tuned), retrain)
+    plan, result = run.teach(lambda tuned: _begin(run, out, store, tuned), retrain)
     assert isinstance(run.teacher, LiveTeacher)
     build = _Build(run, plan, run.teacher, out)
     built = build.execute()
     if run.ranks.is_main_process:
-        keep_teacher(out, run.teacher, task, run.recipe.student, result.logits)
+        keep_teacher(out, run.teacher, task, run.recipe, result.logits)
         shutil.rmtree(out / WORK, ignore_errors=True)
     run.ranks.wait_for_everyone()
     return built
@@ -97,13 +98,15 @@ def _check_place(out: Path) -> None:
     """Refuse a folder with other things in it, before anything is trained."""
     if out.is_file():
         raise ValueError(f"{out} is a file; name a folder")
-    foreign = [p.name for p in out.iterdir() if p.name != WORK] if out.is_dir() else []
+    foreign = [p.name for p in out.iterdir() if p.name not in (WORK, FOLDER)] if out.is_dir() else []
     if foreign and not (out / MANIFEST).is_file():
         raise ValueError(f"{out} is no cache of limbeck, it holds {sorted(foreign)[0]!r}; choose another folder")
 
 
-def _begin(run: Run, tuned: bool) -> None:
+def _begin(run: Run, out: Path, store: TeacherStore, tuned: bool) -> None:
     """Open the folder for the teacher's fine-tuning, which is for one process alone."""
+    if run.ranks.is_main_process:
+        claim_for(out, store, tuned)
     if tuned:
         return
     if run.ranks.num_processes > 1:

@@ -258,7 +258,8 @@ def _recipe(
 
     data = spelled_out(read_yaml(path)) if path is not None else {}
     for key, part in (parts or {}).items():
-        replaces = key == "student" and part  # layers or a model: one takes the other's place
+        # Layers or a model, a model or a cache: one takes the other's place, with all that belongs to it.
+        replaces = (key == "student" and part) or (key == "teacher" and part.get("model", "").startswith("cache:"))
         data[key] = part if replaces else {**(data.get(key) or {}), **part}
     return Recipe.parse(data, [*([f"seeds={seeds}"] if seeds else []), *(changes or [])])
 

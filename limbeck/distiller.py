@@ -159,7 +159,7 @@ class Distiller(nn.Module):
     @property
     def wants(self) -> tuple[str, ...]:
         """All that the terms read of the teacher."""
-        return _read_of_teacher(self.terms)
+        return read_of_teacher(self.terms)
 
     def count(self, batch: Any) -> dict[str, float]:
         """Count the valid positions of a batch, for each mask that a term may use.
@@ -267,7 +267,7 @@ class Distiller(nn.Module):
 
     def _teach(self, batch: Batch) -> Signal | None:
         """What the teacher says; None where the student is its own."""
-        wants = _read_of_teacher(self.objective.active(batch))
+        wants = read_of_teacher(self.objective.active(batch))
         if self.teacher is None or not wants:
             return Signal({})
         if isinstance(self.teacher, Self):
@@ -365,7 +365,7 @@ class Distiller(nn.Module):
         self._gradients_checked.add(task)
 
 
-def _read_of_teacher(terms: Iterable[Term]) -> tuple[str, ...]:
+def read_of_teacher(terms: Iterable[Term]) -> tuple[str, ...]:
     """The places where terms read the teacher, each once."""
     return tuple(dict.fromkeys(tap for t in terms if not t.reads_labels for tap in t.teacher_taps))
 

@@ -66,7 +66,7 @@ class TeacherSpec(Strict):
 
 def _refuse_options(model: str | None, options: Mapping[str, Any]) -> None:
     """Options are for functions; a folder or hub id takes none."""
-    if options and (model is None or ":" not in model):
+    if options and (model is None or ":" not in model or model.startswith("cache:")):
         raise ValueError(f"options {sorted(options)} are for a package.module:function; drop them")
 
 

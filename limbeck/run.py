@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from limbeck.atomic import write_text
-from limbeck.distiller import Distiller
+from limbeck.distiller import Distiller, read_of_teacher
 from limbeck.encodings import Encoded, encode_for
 from limbeck.evaluate import count_parameters
 from limbeck.keeping import forms_of
@@ -201,6 +201,7 @@ class Run:
         if retrain:
             raise ValueError("a teacher that is a cache cannot be fine-tuned; leave --retrain out")
         teacher = KeptTeacher.open(self.recipe.teacher.model, self.task)
+        teacher.check_recipe(self.recipe)
         plan = self.preflight(self._take(teacher), tuned=True)
         begin(True)
         self._show(plan)
@@ -297,11 +298,11 @@ class Run:
         about = teacher.about(self.task, recipe.student.path)
         check_lengths({"teacher": about.most_tokens, "student": most_tokens(student)}, self.data)
         terms = self.terms(student)
+        if isinstance(teacher, KeptTeacher):
+            teacher.check_holds(self.data.teacher[TRAIN], read_of_teacher(terms))
         distiller = Distiller(
             student, teacher.as_kept(forms_of(recipe.cache, terms)), terms, balance=recipe.balance
         )
-        if isinstance(teacher, KeptTeacher):
-            teacher.check_holds(self.data.teacher[TRAIN], distiller.wants)
         planned = distiller.preflight(longest(self.data.training))
         recipe.training.build_optimizer(student, distiller.objective)
         steps = {"student": self.steps(recipe.training)}

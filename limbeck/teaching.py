@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch import nn
 
 from limbeck.atomic import write_tensors, write_text
 from limbeck.cache import (
+    MANIFEST,
     Form,
     Store,
     describe,
@@ -28,10 +30,10 @@ from limbeck.cache import (
 )
 from limbeck.evaluate import count_parameters, size_in_bytes
 from limbeck.metrics import Array
-from limbeck.models import fingerprint, make_student, save_model
+from limbeck.models import MADE_BY, TeacherStore, fingerprint, make_student, save_model
 from limbeck.pairing import Layers, layers_of
 from limbeck.pretrained import load_tokenizer, most_tokens
-from limbeck.recipe import StudentSpec
+from limbeck.recipe import Recipe, StudentSpec
 from limbeck.tasks import TRAIN, Loaded, Task
 from limbeck.tasks.pixels import PREPROCESSOR, load_pixels
 from limbeck.teachers import Cached, ModuleTeacher, Teacher
@@ -58,6 +60,8 @@ class About:
         most_tokens: How many tokens it reads; None where there is no limit.
         layers: Where its layers are, and its modules.
         answers: Digest of its predictions on the evaluation splits.
+        max_length: Tokens after which its texts were cut.
+        files: SHA-256 of every file beside the signals, by its path in the folder.
         taken: Its layers that the student beside it begins with, if it does.
     """
 
@@ -69,6 +73,8 @@ class About:
     most_tokens: int | None
     layers: Layers
     answers: str = ""
+    max_length: int = 0
+    files: dict[str, str] = field(default_factory=dict)
     taken: tuple[int, ...] | None = None
 
 
@@ -157,6 +163,7 @@ class KeptTeacher:
                 f"{folder} holds signals and no teacher to stand for; finish it with limbeck cache build"
             )
         described = _read_about(own / ABOUT)
+        _check_files(folder, described)
         _check_task(folder, described, task)
         return cls(folder, store, described, _load_processor(own), _read_answers(own / ANSWERS, described))
 
@@ -211,6 +218,27 @@ class KeptTeacher:
             )
         return make_student(StudentSpec(model=str(self.folder / START)), task, here, seed)
 
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Refuse what a recipe says of a teacher's signals that these are not, or cannot be.
+
+        Raises:
+            ValueError: the message names both sides.
+        """
+        cache, kept, task = recipe.cache, self.store.belongs.get("kept in"), recipe.task
+        if cache.place != "memory":
+            raise ValueError(
+                f"cache.place={cache.place} is for a teacher that runs, and this one is a cache; drop it"
+            )
+        if cache.dtype not in ("fp32", kept):
+            raise ValueError(
+                f"{self.folder} is kept in {kept}, and the recipe has cache.dtype={cache.dtype}; drop it"
+            )
+        if self.described.max_length not in (0, task.max_length):
+            raise ValueError(
+                f"{self.folder} was built with task.max_length={self.described.max_length}, and the recipe has "
+                f"{task.max_length}; texts are cut elsewhere: set the same, or build another cache"
+            )
+
     def check_holds(self, data: Examples, wants: Sequence[str]) -> None:
         """Count the examples that are not in the cache, before anything is trained.
 
@@ -218,6 +246,13 @@ class KeptTeacher:
             ValueError: there are some; the message says how many. Or examples are new in every epoch.
         """
         check_repeats(data)
+        absent = next((tap for tap in wants if self.store.taps() and tap not in self.store.taps()), None)
+        if absent is not None:
+            kept = ", ".join(map(repr, sorted(self.store.taps())))
+            raise ValueError(
+                f"{self.folder} keeps {kept} of the teacher, and the terms read {absent!r} too; build it again "
+                "with these terms, leave that term out, or name the teacher itself"
+            )
         starts = range(0, len(data), COUNTED_AT_ONCE)
         keys = (
             key.tobytes()
@@ -229,8 +264,9 @@ class KeptTeacher:
         if missing:
             raise ValueError(
                 f"{missing:,} of {len(data) * (data.variants or 1):,} training examples are not in {self.folder}, "
-                "and there is no teacher to ask; build it again from this recipe (what is there stays), or name "
-                "the teacher itself"
+                "and there is no teacher to ask; ask the very teacher that it was built from about these data "
+                "(limbeck cache build; a recipe that fine-tunes on other data makes another teacher: name the "
+                "tuned one as teacher.model), or take fewer examples"
             )
 
 
@@ -261,8 +297,28 @@ def teacher_fingerprint(source: str) -> str:
     return fingerprint(source)
 
 
+def claim_for(folder: Path, store: TeacherStore, tuned: bool) -> None:
+    """Note by which recipe a cache's teacher is made, before it is, and refuse to make another one for it.
+
+    Raises:
+        ValueError: the folder is that of another teacher.
+    """
+    noted = folder / FOLDER / MADE_BY
+    wanted = json.loads(json.dumps(store.made_by))
+    if not (noted.is_file() and (folder / MANIFEST).is_file()):  # of another, nothing is kept yet
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        write_text(noted, json.dumps(wanted, indent=2))
+        return
+    difference = first_difference(wanted, json.loads(noted.read_text(encoding="utf-8")))
+    if difference and not tuned:
+        raise ValueError(
+            f"{folder} is of another teacher ({difference}), and this one would be fine-tuned first; choose "
+            "another folder, or name the tuned teacher itself (teacher.model=FOLDER)"
+        )
+
+
 def keep_teacher(
-    folder: Path, teacher: LiveTeacher, task: Task, spec: StudentSpec, answers: Mapping[str, Array]
+    folder: Path, teacher: LiveTeacher, task: Task, recipe: Recipe, answers: Mapping[str, Array]
 ) -> None:
     """Lay beside a cache what a run has to know of its teacher, and the start of a student made of its layers.
 
@@ -270,10 +326,10 @@ def keep_teacher(
         folder: The cache.
         teacher: The teacher.
         task: The task that it was asked about.
-        spec: The student that the recipe wants.
+        recipe: The recipe, with the student that it wants.
         answers: The teacher's predictions by evaluation split.
     """
-    own = folder / FOLDER
+    own, spec = folder / FOLDER, recipe.student
     own.mkdir(exist_ok=True)
     if teacher.processor is not None:
         teacher.processor.save_pretrained(own)
@@ -283,8 +339,38 @@ def keep_teacher(
         taken = taken if (folder / START / CONFIG).is_file() else None  # else nothing can load it again
     write_tensors(own / ANSWERS, {name: torch.from_numpy(logits) for name, logits in answers.items()})
     digest = tensors_digest({name: torch.from_numpy(logits) for name, logits in answers.items()})
-    about = dataclasses.replace(teacher.about(task, spec.path), taken=taken, answers=digest)
+    about = dataclasses.replace(
+        teacher.about(task, spec.path),
+        taken=taken,
+        answers=digest,
+        max_length=recipe.task.max_length,
+        files={name: _sha256(folder / name) for name in _beside(folder)},
+    )
     write_text(own / ABOUT, json.dumps(dataclasses.asdict(about), indent=2))
+
+
+def _beside(folder: Path) -> list[str]:
+    """The files that lie beside signals, by their paths in the folder."""
+    files = (path for part in (FOLDER, START) for path in sorted((folder / part).glob("*")))
+    return [
+        str(path.relative_to(folder)) for path in files if path.is_file() and path.name not in (ABOUT, MADE_BY)
+    ]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_files(folder: Path, about: About) -> None:
+    for name, digest in about.files.items():
+        path = folder / name
+        if not path.is_file() or _sha256(path) != digest:
+            wrong = "is damaged" if path.exists() else "is missing"
+            raise ValueError(f"{path} {wrong}; finish the cache again with limbeck cache build")
 
 
 def _read_about(path: Path) -> About:

@@ -189,6 +189,59 @@ def test_of_grown_data_what_is_new_is_asked_for_and_filtered_data_is_there(place
     assert report.student.teacher_examples == 0
 
 
+def test_a_folder_of_another_teacher_is_refused_before_one_is_fine_tuned(place):
+    build_cache(with_examples(20, recipe(place)), place / "signals")
+    before = sorted((place / "store" / "teachers").iterdir())
+    with pytest.raises(
+        ValueError, match=r"is of another teacher \(data.train: .*, and this one would be fine-tuned"
+    ):
+        build_cache(recipe(place), place / "signals")
+    assert sorted((place / "store" / "teachers").iterdir()) == before
+    assert build_cache(with_examples(20, recipe(place)), place / "signals").computed == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"cache": "off"}, "cache.place=off is for a teacher that runs, and this one is a cache"),
+        ({"cache": {"dtype": "bf16"}}, "is kept in fp32, and the recipe has cache.dtype=bf16"),
+        ({"task": {"max_length": 9}}, "was built with task.max_length=128, and the recipe has 9"),
+        (
+            {"terms": {"hidden": {"tap": "layers", "loss": "mse"}}},
+            "keeps 'logits' of the teacher, and the terms read",
+        ),
+        ({"teacher": {"options": {"layers": 4}}}, "options .* are for a package.module:function"),
+    ],
+)
+def test_what_a_recipe_says_of_a_cache_must_be_so(place, change, said):
+    build_cache(recipe(place, terms={"kd": {"loss": "forward_kl"}}), place / "signals")
+    chosen = kept(place)
+    for key, value in change.items():
+        chosen[key] = {**chosen.get(key, {}), **value} if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=said):
+        limbeck.distill(chosen, place / "run")
+
+
+def test_files_beside_the_signals_are_checked(place):
+    build_cache(recipe(place), place / "signals")
+    weights_of_student = place / "signals" / "student" / "model.safetensors"
+    content_of_it = weights_of_student.read_bytes()
+    weights_of_student.write_bytes(content_of_it[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        limbeck.distill(kept(place), place / "run")
+    weights_of_student.unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
+        limbeck.distill(kept(place), place / "run")
+
+
+def test_a_cache_without_any_signals_lacks_all_examples(place):
+    build_cache(recipe(place), place / "signals")
+    for shard in (place / "signals").glob("*.safetensors"):
+        shard.unlink()
+    with pytest.raises(ValueError, match=r"(\d+) of \1 training examples are not in"):
+        limbeck.distill(kept(place), place / "run")
+
+
 def test_a_cache_has_no_way_to_run(place):
     with pytest.raises(ValueError, match="dtype say how a teacher runs, and a cache does not run"):
         limbeck.distill({**kept(place), "teacher": {"model": f"cache:{place}", "dtype": "bf16"}}, place / "run")

@@ -1,5 +1,8 @@
 """A training from the cache is the training with the live teacher: step by step, however its data comes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -188,3 +191,20 @@ def test_it_goes_on_where_what_is_drawn_repeats():
     assert len(losses(ours, examples, epochs=5)) == 25
     assert ours.computed == 80  # two of each
     assert ours.asked >= 200
+
+
+LEAVES = """
+import sys, torch
+from torch import nn
+from limbeck import Cached
+torch.manual_seed(0)
+cached = Cached(nn.Linear(4, 3), sys.argv[1])
+cached.signal({"input": torch.ones(2, 4) * torch.tensor([[1.0], [2.0]])}, ["logits"])
+print(cached.computed)
+"""
+
+
+def test_what_was_said_last_is_kept_when_the_process_ends(tmp_path):
+    command = [sys.executable, "-c", LEAVES, str(tmp_path / "kept")]
+    said = [subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() for _ in range(2)]
+    assert said == ["2", "0"]

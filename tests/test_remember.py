@@ -151,3 +151,19 @@ def test_a_teacher_may_teach_in_another_way(place, way):
         assert not torch.equal(weights(place / "run"), weights(place / "plain"))
         with pytest.raises(ValueError, match="holds signals of another teacher"):
             limbeck.distill(recipe(place, cache=str(place / "kept")), place / "other")
+
+
+def test_a_teacher_that_a_function_makes_is_known_again(tmp_path):
+    """Fine-tuned by the first run, and loaded from the store by the second."""
+    network = "limbeck.tasks.image:fresh_resnet"
+    chosen = {
+        "task": {"name": "digits", "train_examples": 64, "eval_examples": 32},
+        "teacher": {"model": network, "training": {"steps": 2}},
+        "student": {"model": network, "options": {"widths": [8, 16], "depth": 1}},
+        "training": {"steps": 4},
+        "store": str(tmp_path / "store"),
+        "cache": str(tmp_path / "kept"),
+    }
+    first = limbeck.distill(chosen, tmp_path / "one")
+    again = limbeck.distill(chosen, tmp_path / "two")
+    assert (first.student.teacher_examples, again.student.teacher_examples) == (64, 0)

@@ -19,7 +19,7 @@ DIGEST_BYTES = 16
 # that a row may cost beside its values, this leaves 4 for everything else in a file.
 KEY_BYTES = 12
 DECODER = "decoder_"
-ORIGIN = ("_name_or_path", "transformers_version", "dtype")
+ORIGIN = ("_name_or_path", "transformers_version", "dtype", "architectures")
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -51,7 +51,7 @@ def module_identity(module: nn.Module) -> dict[str, str]:
     """
     config: Any = getattr(module, "config", None)
     described = config.to_dict() if hasattr(config, "to_dict") else repr(module)
-    if isinstance(described, dict):  # without where it was loaded from, and by what
+    if isinstance(described, dict):  # without what loading and saving write into it
         described = {key: value for key, value in described.items() if key not in ORIGIN}
     architecture = {"class": type(module).__name__, "config": described}
     return {"teacher": weights_digest(module), "architecture": json_digest(architecture)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from limbeck.batch import ATTENTION_MASK, batch_size, device_of, take
 from limbeck.cache import (
+    MANIFEST,
     Dense,
     Form,
     Store,
@@ -85,6 +87,7 @@ class Cached:
         self._keeping = True
         self._agreed: set[str] = set()
         self.store = self._into = self._open(place)
+        weakref.finalize(self, _bring_to_disk, self.store)  # also at the end of the process
 
     def offers(self, tap: str) -> bool:
         """Whether the teacher has this tap, or, without one, the store."""
@@ -222,3 +225,9 @@ def _check_follows_from_inputs(teacher: Teacher | None) -> None:
     for _, inner in within(teacher):
         if isinstance(inner, Ensemble):
             inner.check_follows_from_inputs()
+
+
+def _bring_to_disk(store: Store) -> None:
+    """Keep what a teacher said last, unless the folder has been deleted."""
+    if store.folder is not None and (store.folder / MANIFEST).is_file():
+        store.flush()
