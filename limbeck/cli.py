@@ -240,7 +240,9 @@ def _one_line(error: Exception) -> str:
         return " ".join(str(error).split())
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror or error}{place}{CURES.get(error.errno or 0, KEPT)}"
+        if error.errno is None:  # a library's own words, maybe on several lines
+            return " ".join(str(error).split()) or type(error).__name__
+        return f"{error.strerror or error}{place}{CURES.get(error.errno, KEPT)}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows where"
 
 

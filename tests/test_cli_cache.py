@@ -196,6 +196,10 @@ def test_an_error_of_the_file_system_names_the_path_and_the_cure(number, cure):
     assert _one_line(OSError(number, "a fact", "a/path")) == f"a fact: a/path; {cure}"
 
 
+def test_an_error_of_a_library_is_one_line():
+    assert _one_line(OSError("no model x;\n\n name another")) == "no model x; name another"
+
+
 @pytest.mark.parametrize("write", [write_text, create_text])
 def test_a_failed_sync_names_the_file(tmp_path, monkeypatch, write):
     def full(handle):
