@@ -47,7 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with disk_errors(path):
             yield temporary
-        sync(temporary)
+            sync(temporary)
         temporary.replace(path)
         sync(path.parent)
     except BaseException:
@@ -88,8 +88,9 @@ def create_text(path: Path, text: str) -> bool:
     """
     temporary = path.with_name(f"{path.name}-{os.getpid()}{secrets.token_hex(4)}{SUFFIX}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
+        with disk_errors(path):
+            temporary.write_text(text, encoding="utf-8")
+            sync(temporary)
         try:
             os.link(temporary, path)
         except FileExistsError:

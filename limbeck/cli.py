@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from limbeck.cli_cache import Interrupted
+from limbeck.cli_cache import Interrupted, recipe_file
 from limbeck.cli_cache import app as cache_app
-from limbeck.registry import nearest
+from limbeck.registry import closest, nearest
 
 if TYPE_CHECKING:
     from limbeck.recipe import Recipe
@@ -52,7 +52,16 @@ LISTS = (
 )
 WIDTH, INDENT = 100, 24
 INTERRUPTED, NOTHING_BEGUN = 130, "interrupted; nothing was begun"
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+KEPT = "; nothing finished is lost"
+CURES = {
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY), "; name another folder"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "; choose a folder that can be written"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), f"; make room, and start again{KEPT}"),
+    errno.EFBIG: f"; choose a disk that takes larger files, or see ulimit -f, and start again{KEPT}",
+    errno.ENOENT: "; check the path",
+}
+"""What to do about an error of the file system."""
+PLACES = ("off", "memory")
 COLORS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 HINTS = {
     "is zero at equality": "--no-identity",
@@ -231,8 +240,9 @@ def _one_line(error: Exception) -> str:
         return " ".join(str(error).split())
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
-        cure = "; make room, and start again" if error.errno in DISK_IS_FULL and place else ""
-        return f"{error.strerror or error}{place}{cure}; nothing finished is lost"
+        if error.errno is None:  # a library's own words, maybe on several lines
+            return " ".join(str(error).split()) or type(error).__name__
+        return f"{error.strerror or error}{place}{CURES.get(error.errno, KEPT)}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows where"
 
 
@@ -256,12 +266,21 @@ def _recipe(
     """A recipe from a file, then the command's own options, then --set."""
     from limbeck.recipe import Recipe, read_yaml, spelled_out
 
-    data = spelled_out(read_yaml(path)) if path is not None else {}
+    data = spelled_out(read_yaml(recipe_file(path))) if path is not None else {}
     for key, part in (parts or {}).items():
         # Layers or a model, a model or a cache: one takes the other's place, with all that belongs to it.
         replaces = (key == "student" and part) or (key == "teacher" and part.get("model", "").startswith("cache:"))
         data[key] = part if replaces else {**(data.get(key) or {}), **part}
-    return Recipe.parse(data, [*([f"seeds={seeds}"] if seeds else []), *(changes or [])])
+    recipe = Recipe.parse(data, [*([f"seeds={seeds}"] if seeds else []), *(changes or [])])
+    _check_place(recipe.cache.place)
+    return recipe
+
+
+def _check_place(place: str) -> None:
+    """Refuse what looks like off or memory written wrong, and would be a new folder."""
+    meant = closest(place.strip().lower(), PLACES, cutoff=0.75)
+    if meant and place not in PLACES and Path(place).name == place and not Path(place).exists():
+        raise ValueError(f"the cache {place!r} is no folder yet; did you mean {meant[0]!r}? else write ./{place}")
 
 
 def _run(recipe: Recipe, out: Path | None, overwrite: bool, retrain: bool) -> None:

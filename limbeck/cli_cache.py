@@ -16,6 +16,32 @@ class Interrupted(Exception):  # noqa: N818  (no error: the user wanted it)
     """Ctrl-C, with what is to be said about it; typer would swallow a KeyboardInterrupt."""
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "shard"), counted(2000, "shard")
+        ('1 shard', '2,000 shards')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def recipe_file(path: Path, takes_folders: bool = False) -> Path:
+    """The recipe that a path names; a run's folder has its own.
+
+    Raises:
+        ValueError: a folder, where none is taken or none is in it.
+    """
+    if not path.is_dir():
+        return path
+    own = path / "recipe.yaml"
+    if not own.is_file():
+        raise ValueError(f"{path} is a folder without a recipe.yaml; name a recipe's file")
+    if not takes_folders:
+        raise ValueError(f"{path} is a folder; name the recipe in it, {own}")
+    return own
+
+
 Folder = Annotated[Path, typer.Argument(help="A folder that a recipe named as its cache.")]
 
 
@@ -35,16 +61,15 @@ def build(
 
     try:
         with ConsoleObserver(console) as observer:
-            built = build_cache(Recipe.load(recipe, changes or []), out, retrain=retrain, observer=observer)
+            loaded = Recipe.load(recipe_file(recipe, takes_folders=True), changes or [])
+            built = build_cache(loaded, out, retrain=retrain, observer=observer)
     except KeyboardInterrupt as stop:
         said = str(stop) or f"interrupted; what the teacher said is kept in {out}"
         raise Interrupted(f"{said}; the same command goes on from there") from None
     if not built.is_main:
         return
-    console.print(
-        f"{out}: {built.examples:,} examples, {built.bytes:,} bytes; the teacher ran for {built.computed:,} now",
-        highlight=False,
-    )
+    size = f"{counted(built.examples, 'example')}, {counted(built.bytes, 'byte')}"
+    console.print(f"{out}: {size}; the teacher ran for {built.computed:,} now", highlight=False)
 
 
 @app.command()
@@ -54,7 +79,8 @@ def info(folder: Folder) -> None:
 
     belongs = read_manifest(folder)
     store = Store(belongs, folder)
-    console.print(f"{folder}: {len(store):,} examples in {len(store.shards)} shards, {store.nbytes():,} bytes")
+    size = f"{counted(len(store.shards), 'shard')}, {counted(store.nbytes(), 'byte')}"
+    console.print(f"{folder}: {counted(len(store), 'example')} in {size}", highlight=False)
     for tap in sorted(store.taps()):
         form = ", ".join(f"{k} {v}" for k, v in store.form(tap).items() if k != "form")
         nbytes, entries = store.size(tap)
@@ -72,10 +98,24 @@ def verify(folder: Folder) -> None:
     from limbeck.cache import verify as find_damage
 
     wrong = find_damage(folder)
-    console.print("\n".join(wrong) if wrong else f"{folder} is whole", highlight=False)
+    console.print("\n".join(wrong) if wrong else f"{folder} is whole", highlight=False, soft_wrap=True)
     if wrong:
-        console.print(f"limbeck cache prune {folder} removes it; a run computes it anew", highlight=False)
+        console.print(_remedy(folder, wrong), highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _remedy(folder: Path, wrong: list[str]) -> str:
+    """What to do about damage; what lies in folders of the cache is written by a build, which replaces it."""
+    build = f"limbeck cache build RECIPE --out {folder}"
+    in_folders = [line for line in wrong if line.endswith(" is damaged") and "/" in line]
+    lost = [line for line in wrong if line.endswith((" is missing", "build it again"))]
+    said = [
+        f"limbeck cache prune {folder} removes it; {build}, or a run with the teacher itself, computes it anew"
+    ]
+    if in_folders or lost:
+        said = said if len(in_folders) + len(lost) < len(wrong) else []
+        said.append(f"{build} writes what stands for the teacher anew")
+    return "\n".join(said)
 
 
 @app.command()
@@ -95,5 +135,8 @@ def merge(
     """Bring several caches of one teacher together."""
     from limbeck.cache import merge as bring
 
+    if all(source.resolve() == target.resolve() for source in sources):
+        raise ValueError(f"{target} cannot be merged into itself; name another cache")
     came = bring(target, sources)
-    console.print(f"{came} shards came into {target}", highlight=False)
+    nothing = "" if came else ", it has them all already"
+    console.print(f"{counted(came, 'shard')} came into {target}{nothing}", highlight=False)

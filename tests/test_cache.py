@@ -319,7 +319,7 @@ def test_a_shard_that_was_cut_short_is_refused_in_one_line(tmp_path, length):
 def test_shards_without_a_manifest_are_half_a_cache(tmp_path):
     filled(tmp_path, 2).flush()
     (tmp_path / MANIFEST).unlink()
-    with pytest.raises(ValueError, match=r"has 1 shards and no manifest.json; it was copied in part"):
+    with pytest.raises(ValueError, match=r"has 1 shard and no manifest.json; it was copied in part"):
         Store(BELONGS, tmp_path)
 
 

@@ -398,7 +398,7 @@ def test_a_folder_alone_is_a_teacher(tmp_path):
     assert torch.equal(again["logits"].values, first["logits"].values)
     assert torch.equal(again["hidden_states.1"][:, :7], first["hidden_states.1"])
     assert alone.identity() == read_manifest(tmp_path) == ours.identity()
-    with pytest.raises(ValueError, match=r"is no cache of limbeck: it has no manifest\.json"):
+    with pytest.raises(ValueError, match=r"is no cache of limbeck: there is no such folder"):
         Cached(None, tmp_path / "elsewhere")
 
 
