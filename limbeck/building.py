@@ -14,6 +14,7 @@ import torch
 
 from limbeck.batch import to_device
 from limbeck.cache import MANIFEST, WORK, Store
+from limbeck.cache.folder import TEACHER
 from limbeck.keeping import forms_of
 from limbeck.models import TeacherStore
 from limbeck.plan import Observer, Plan
@@ -22,7 +23,7 @@ from limbeck.remember import bytes_needed, fingerprint, free_bytes, shard_bytes
 from limbeck.run import Run, as_recipe
 from limbeck.tasks import TRAIN, is_regression, make_task
 from limbeck.teachers import Cached
-from limbeck.teaching import FOLDER, LiveTeacher, check_repeats, claim_for, is_kept, keep_teacher, wanted
+from limbeck.teaching import LiveTeacher, check_repeats, claim_for, is_kept, keep_teacher, wanted
 from limbeck.train import Examples
 from limbeck.train.loop import AUTOCAST
 
@@ -98,7 +99,7 @@ def _check_place(out: Path) -> None:
     """Refuse a folder with other things in it, before anything is trained."""
     if out.is_file():
         raise ValueError(f"{out} is a file; name a folder")
-    foreign = [p.name for p in out.iterdir() if p.name not in (WORK, FOLDER)] if out.is_dir() else []
+    foreign = [p.name for p in out.iterdir() if p.name not in (WORK, TEACHER)] if out.is_dir() else []
     if foreign and not (out / MANIFEST).is_file():
         raise ValueError(f"{out} is no cache of limbeck, it holds {sorted(foreign)[0]!r}; choose another folder")
 

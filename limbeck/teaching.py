@@ -28,6 +28,7 @@ from limbeck.cache import (
     read_manifest,
     tensors_digest,
 )
+from limbeck.cache.folder import ABOUT, ANSWERS, START, TEACHER
 from limbeck.evaluate import count_parameters, size_in_bytes
 from limbeck.metrics import Array
 from limbeck.models import MADE_BY, TeacherStore, fingerprint, make_student, save_model
@@ -42,7 +43,6 @@ from limbeck.train import Examples
 KEPT = "cache:"
 """How a recipe's teacher begins of which only a cache is there."""
 
-FOLDER, START, ABOUT, ANSWERS = "teacher", "student", "about.json", "answers.safetensors"
 TOKENIZER, CONFIG = "tokenizer_config.json", "config.json"
 COUNTED_AT_ONCE = 256
 
@@ -157,7 +157,7 @@ class KeptTeacher:
         """
         folder = Path(source.removeprefix(KEPT)).expanduser()
         store = Store(read_manifest(folder), folder)
-        own = folder / FOLDER
+        own = folder / TEACHER
         if not (own / ABOUT).is_file():
             raise ValueError(
                 f"{folder} holds signals and no teacher to stand for; finish it with limbeck cache build"
@@ -303,7 +303,7 @@ def claim_for(folder: Path, store: TeacherStore, tuned: bool) -> None:
     Raises:
         ValueError: the folder is that of another teacher.
     """
-    noted = folder / FOLDER / MADE_BY
+    noted = folder / TEACHER / MADE_BY
     wanted = json.loads(json.dumps(store.made_by))
     if not (noted.is_file() and (folder / MANIFEST).is_file()):  # of another, nothing is kept yet
         noted.parent.mkdir(parents=True, exist_ok=True)
@@ -329,7 +329,7 @@ def keep_teacher(
         recipe: The recipe, with the student that it wants.
         answers: The teacher's predictions by evaluation split.
     """
-    own, spec = folder / FOLDER, recipe.student
+    own, spec = folder / TEACHER, recipe.student
     own.mkdir(exist_ok=True)
     if teacher.processor is not None:
         teacher.processor.save_pretrained(own)
@@ -351,7 +351,7 @@ def keep_teacher(
 
 def _beside(folder: Path) -> list[str]:
     """The files that lie beside signals, by their paths in the folder."""
-    files = (path for part in (FOLDER, START) for path in sorted((folder / part).glob("*")))
+    files = (path for part in (TEACHER, START) for path in sorted((folder / part).glob("*")))
     return [
         str(path.relative_to(folder)) for path in files if path.is_file() and path.name not in (ABOUT, MADE_BY)
     ]
