@@ -534,10 +534,11 @@ def test_prompt_labels_and_their_order_are_part_of_the_identity():
         ({"labels": ("+", "-"), "prompt": PROMPT}, "cannot be told apart"),
         ({"labels": LABELS, "prompt": "which?"}, "no place for an example"),
         ({"labels": LABELS, "prompt": PROMPT, "unknown": "skip"}, "'skip' is none of"),
-        ({"size": 10, "k": 11}, "k=11 must be from 1 to 10"),
-        ({"size": 10, "k": 0}, "k=0 must be from 1 to 10"),
-        ({"labels": LABELS, "prompt": PROMPT, "k": -1}, "k=-1 must be from 0"),
-        ({"size": 30, "batch_size": 0}, "batch_size=0"),
+        ({"size": 10, "k": 11}, "k=11 log-probabilities .* size=10 has; take k=10"),
+        ({"size": 10, "k": 0}, "k is 0; give a number of at least 1"),
+        ({"labels": LABELS, "prompt": PROMPT, "k": -1}, "k is -1; give a number of at least 0"),
+        ({"size": 30, "batch_size": 0}, "batch_size is 0"),
+        ({"size": 0}, "size is 0"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, said):

@@ -7,12 +7,13 @@ that was interrupted goes on as it would have.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from limbeck.registry import nearest
 from limbeck.train.data import Batches, Step, as_batches
 from limbeck.train.settings import Settings
 from limbeck.types import TASK, Batch
@@ -92,6 +93,16 @@ class MixedBatches:
 
     def __len__(self) -> int:
         return sum(self.sizes)
+
+    def check(self, tasks: Iterable[str]) -> None:
+        """Check, before a training, that every task that terms are for has data.
+
+        Raises:
+            ValueError: one has none.
+        """
+        for task in tasks:
+            if task not in self.tasks:
+                raise ValueError(f"terms are for task {task!r}, which has no data; {nearest(task, self.tasks)}")
 
     def draws(self, number: int) -> list[int]:
         """Which task each step of an epoch is for, as a place in `tasks`."""
