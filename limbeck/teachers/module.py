@@ -192,7 +192,8 @@ class ModuleTeacher:
         """Run the module on the batch and read the wanted taps.
 
         Raises:
-            ValueError: a tap that the module does not have, or a batch with nothing for it.
+            ValueError: a tap that the module does not have, a batch without what it takes, or a device without
+                values.
         """
         home = device_of(batch)
         self._follow(home)
@@ -201,6 +202,8 @@ class ModuleTeacher:
             signal = self._reader(self._placed(batch), wants, self._compiled)
         if home is None or self.device in (None, home):
             return signal
+        if self.device is not None and self.device.type == "meta":
+            raise ValueError("the teacher is on 'meta', which holds no values to give; choose another device")
         return Signal({tap: value.to(home) for tap, value in signal.values.items()})
 
     def identity(self) -> Mapping[str, Any]:
@@ -254,13 +257,10 @@ def _compiled_with(recorder: Recorder) -> Iterator[None]:
 
 def _checked_device(device: str | torch.device) -> torch.device:
     try:
-        found = torch.empty(0, device=device).device  # with its number, where it has one
+        return torch.empty(0, device=device).device  # with its number, where it has one
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"a teacher cannot be on {str(device)!r}: {reason}; choose another device") from None
-    if found.type == "meta":
-        raise ValueError("a teacher cannot be on 'meta', which holds no values; choose another device")
-    return found
 
 
 def check_module(module: Any, what: str) -> None:

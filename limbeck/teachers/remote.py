@@ -342,8 +342,9 @@ class Remote:
 
 
 def _labels(given: Any) -> tuple[str, ...]:
-    found = () if isinstance(given, str) else tuple(given)
-    if isinstance(given, str) or not all(isinstance(label, str) for label in found):
+    is_list = isinstance(given, Iterable) and not isinstance(given, str)
+    found = tuple(given) if is_list else ()
+    if not is_list or not all(isinstance(label, str) for label in found):
         raise TypeError(f"labels={given!r} is no list of texts; name each class, such as ('bad', 'good')")
     return found
 
