@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.batch import as_batch
-from limbeck.pretrained import load_tokenizer
+from limbeck.pretrained import is_path, load_tokenizer
 from limbeck.registry import nearest
 from limbeck.tasks.base import MOST_TEXTS, TRAIN, Task
 from limbeck.tasks.table import are_scores
@@ -53,9 +53,9 @@ def paired(
         Examples for `limbeck.fit`, to train and to evaluate on.
 
     Raises:
-        TypeError: no data set of rows.
-        ValueError: a column that is not there or lacks values, texts that are none, labels that fit no class, or a
-            tokenizer that cannot pad.
+        TypeError: no data set of rows, or no tokenizer.
+        ValueError: a column that is not there or lacks values, texts that are none, labels that fit no class, a
+            tokenizer that cannot pad, or a length below 1.
 
     Example:
         >>> from limbeck.tasks.builtin import train_tokenizer
@@ -68,6 +68,8 @@ def paired(
     names = (text,) if isinstance(text, str) else tuple(text)
     if not 1 <= len(names) <= MOST_TEXTS:
         raise ValueError(f"a model reads one text or a pair of texts, and {len(names)} columns are named")
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+        raise ValueError(f"max_length is {max_length!r}; give a whole number of tokens of at least 1")
     frame = _frame(dataset, names, label)
     texts = text_rows(frame, names, SOURCE)
     labels = None if label is None else _labels(column(frame, label, SOURCE), classes)
@@ -186,7 +188,14 @@ def _without(batch: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 def _tokenizer(source: Any, side: str) -> Any:
     """A tokenizer that can pad."""
+    if isinstance(source, (str, Path)) and is_path(source) and not Path(source).is_dir():
+        raise ValueError(f"there is no folder {str(source)!r} with the {side}'s tokenizer; correct the path")
     tokenizer = load_tokenizer(source) if isinstance(source, (str, Path)) else source
+    if not callable(tokenizer):
+        raise TypeError(
+            f"the {side}'s tokenizer is a {type(source).__name__}; pass a tokenizer of transformers, or the "
+            "folder or hub id of one"
+        )
     if tokenizer.pad_token_id is None:
         raise ValueError(
             f"the {side}'s tokenizer has no token to pad with; set tokenizer.pad_token = tokenizer.eos_token"

@@ -491,3 +491,35 @@ def test_teachers_that_do_not_match():
     assert mixed(drawn_logits(2, (6, 1)), mix="logits").shape == (6, 1)
     with pytest.raises(ValueError, match=r"labels of shape .* do not fit logits"):
         mixed(drawn_logits(2, (3, 5, 4)), torch.zeros(3, dtype=torch.long), mix="per-sample confidence")
+
+
+@pytest.mark.parametrize(
+    ("teachers", "options", "error", "message"),
+    [
+        ([perceptron()], {"weights": "equal"}, TypeError, "weights are numbers, .* got 'equal'; leave them out"),
+        ([perceptron()], {"weights": 3}, TypeError, "weights are numbers, .* got 3; leave them out"),
+        ([perceptron()], {"weights": [None]}, TypeError, r"weights are numbers, .* got \[None\]; change them"),
+        ([perceptron()], {"temperature": "a"}, ValueError, "a temperature is a number above 0, got 'a'"),
+        (None, {}, TypeError, "a list of teachers, or a dict by name, got a NoneType"),
+        (perceptron(), {}, TypeError, "a list of teachers, or a dict by name, got a Sequential"),
+    ],
+)
+def test_wrong_arguments_are_refused(teachers, options, error, message):
+    with pytest.raises(error, match=message):
+        Ensemble(teachers, **options)
+
+
+@pytest.mark.parametrize("mix", ["probabilities", "random"])
+@pytest.mark.parametrize(
+    ("part", "inputs", "message"),
+    [
+        ("b", ("input1",), "teacher 'b' of the ensemble: Bilinear takes 'input2'"),
+        ("bb", ("input1", "input2"), "no part for teacher 'b' of the ensemble, and one named 'bb' for none"),
+    ],
+)
+def test_a_member_without_its_inputs_is_named(mix, part, inputs, message):
+    x, _ = points(64)  # so many that each member is drawn
+    ensemble = Ensemble({"a": nn.Bilinear(4, 4, 3), "b": nn.Bilinear(4, 4, 3)}, mix=mix)
+    batch = {"a": {"input1": x, "input2": x}, part: dict.fromkeys(inputs, x)}
+    with pytest.raises(ValueError, match=message):
+        ensemble.signal(batch, ["logits"])

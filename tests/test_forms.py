@@ -503,3 +503,25 @@ def test_a_cache_of_a_cache_is_identified_by_both():
     outer = Cached(inner, dtype="bf16")
     assert {**inner.identity(), **outer.identity()} == outer.identity() | {"forms": {}}
     assert outer.identity()["teacher"] == inner.teacher.identity()["teacher"]
+
+
+def test_one_temperature_may_be_a_number():
+    assert TopKForm(3, temperatures=2.0) == TopKForm(3, (2.0,))
+    assert SampledForm(3, 2) == SampledForm(3, (2.0,))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TopKForm(2.5), "k is 2.5; give a whole number"),
+        (lambda: TopKForm("3"), "k is '3'; give a whole number"),
+        (lambda: SampledForm(0.5), "draws is 0.5; give a whole number"),
+        (lambda: HybridForm(2, 1.5), "draws is 1.5; give a whole number"),
+        (lambda: TopKForm(3, "12"), "temperatures='12' are not numbers"),
+        (lambda: TopKForm(3, ("1",)), "are not all positive numbers"),
+        (lambda: TopKForm(3, None), "temperatures=None are not numbers"),
+    ],
+)
+def test_wrong_counts_and_temperatures_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -397,6 +397,13 @@ def test_a_cache_without_a_tap_says_what_it_holds():
         Distiller(models()[0], Given(), terms).train()(student=(own, labels), teacher_cache=taps)
 
 
+def test_no_words_of_the_teacher_are_refused():
+    with pytest.raises(
+        ValueError, match="'teacher_cache' is None; give it what the teacher said, or leave it out"
+    ):
+        Given().signal({"input": torch.ones(2, 4), "teacher_cache": None}, ["logits"])
+
+
 def test_one_tap_of_other_examples_is_refused():
     own, _, labels = numbers()
     taps = {"logits": torch.zeros(8, 4), "body": torch.zeros(6, 6)}

@@ -256,10 +256,15 @@ def test_another_teachers_checkpoint_is_refused(tmp_path):
 # ---- what is refused -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan"), "0.9"])
 def test_wrong_decay(decay):
     with pytest.raises(ValueError, match="a decay is a share from 0 to 1, got"):
         Average(nn.Linear(2, 2), decay)
+
+
+def test_an_average_of_no_module_is_refused():
+    with pytest.raises(TypeError, match=r"a student is a torch\.nn\.Module, got a NoneType; pass a module"):
+        Average(None)
 
 
 def test_teachers_of_another_student():

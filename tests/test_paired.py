@@ -295,6 +295,14 @@ def test_bad_data_is_refused(tokenizers):
     split = datasets.DatasetDict({"train": datasets.Dataset.from_pandas(frame)})
     refused("cannot read texts from a DatasetDict; pass one split", split, *tokenizers, error=TypeError)
     refused("cannot read texts from a list; pass one split", ["a text"], *tokenizers, error=TypeError)
+    refused("max_length is 0; give", max_length=0)
+    refused("max_length is 2.5; give", max_length=2.5)
+    refused(
+        "the student's tokenizer is a NoneType; pass", frame, None, tokenizers[1], error=TypeError, label="number"
+    )
+    refused(
+        "no folder './nowhere' with the teacher's tokenizer", frame, tokenizers[0], "./nowhere", label="number"
+    )
     mute = copy.deepcopy(tokenizers[1])
     mute.pad_token = None
     refused("the teacher's tokenizer has no token to pad with", frame, tokenizers[0], mute, label="number")

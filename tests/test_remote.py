@@ -534,10 +534,11 @@ def test_prompt_labels_and_their_order_are_part_of_the_identity():
         ({"labels": ("+", "-"), "prompt": PROMPT}, "cannot be told apart"),
         ({"labels": LABELS, "prompt": "which?"}, "no place for an example"),
         ({"labels": LABELS, "prompt": PROMPT, "unknown": "skip"}, "'skip' is none of"),
-        ({"size": 10, "k": 11}, "k=11 must be from 1 to 10"),
-        ({"size": 10, "k": 0}, "k=0 must be from 1 to 10"),
-        ({"labels": LABELS, "prompt": PROMPT, "k": -1}, "k=-1 must be from 0"),
-        ({"size": 30, "batch_size": 0}, "batch_size=0"),
+        ({"size": 10, "k": 11}, "k=11 log-probabilities .* size=10 has; take k=10"),
+        ({"size": 10, "k": 0}, "k is 0; give a number of at least 1"),
+        ({"labels": LABELS, "prompt": PROMPT, "k": -1}, "k is -1; give a number of at least 0"),
+        ({"size": 30, "batch_size": 0}, "batch_size is 0"),
+        ({"size": 0}, "size is 0"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, said):
@@ -848,3 +849,33 @@ def test_the_blocks_of_the_document_run(llama):
             exec(compile(block.replace("http://teacher:8000", server.url), "remote.md", "exec"), names)
         assert len(blocks) == 4
         assert len(server.requests) == 1 + 2 + 2
+
+
+@pytest.mark.parametrize("labels", ["ab", [1, 2], 3])
+def test_labels_that_are_no_list_of_texts_are_refused(labels):
+    with pytest.raises(TypeError, match="is no list of texts; name each class"):
+        Remote("http://h", "m", labels=labels, prompt=PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "message"),
+    [
+        ("abc", {}, TypeError, "the prompts are one text, 'abc'; pass a list"),
+        (["a"], {"max_tokens": 0}, ValueError, "max_tokens is 0; give a number"),
+        (["a"], {"temperature": -1}, ValueError, "the temperature is -1; give a number from 0"),
+    ],
+)
+def test_wrong_orders_to_write_are_refused_before_the_server_is_asked(prompts, options, error, message):
+    with pytest.raises(error, match=message):
+        Remote("http://h", "m").write(prompts, **{"max_tokens": 4, **options})
+
+
+def test_answers_are_not_kept_among_other_things(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    for folder, message in (
+        (tmp_path, "holds 'thesis.txt' and no answers"),
+        (tmp_path / "thesis.txt", "is a file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Remote("http://h", "m").write(["a"], max_tokens=4, folder=folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -321,6 +321,13 @@ def test_wrong_data_is_refused(make, error, message):
         make()
 
 
+def test_a_task_with_terms_and_no_data_is_refused_before_the_training():
+    terms = [Term("logits", loss="forward_kl", task=name) for name in ("two", "three")]
+    distiller = Distiller(small.student(), small.teachers(), terms)
+    with pytest.raises(ValueError, match="terms are for task 'three', which has no data"):
+        fit(distiller, Mixed({"two": small.data()["two"]}), settings=Settings(steps=1))
+
+
 def test_a_loader_that_ends_early_is_refused():
     class Once(IterableDataset):
         def __init__(self):

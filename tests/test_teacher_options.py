@@ -326,7 +326,9 @@ def test_a_teacher_stays_on_its_device():
     """The batch goes there, and the signals go back, which from the device without contents is an error."""
     teacher = ModuleTeacher(perceptron(), device="meta")
     teacher.signal({"input": points()[0].to("meta")}, ["logits"])
-    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+    with pytest.raises(
+        ValueError, match="the teacher is on 'meta', which holds no values to give; choose another"
+    ):
         teacher.signal({"input": points()[0]}, ["logits"])
     assert {parameter.device.type for parameter in teacher.module.parameters()} == {"meta"}
     stays = ModuleTeacher(perceptron(), device="cpu")

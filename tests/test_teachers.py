@@ -325,3 +325,13 @@ def test_a_broken_file_is_one_clear_line(folder, tmp_path):
     with pytest.raises(ValueError, match=r"cannot load a model from .* as safetensors: ") as caught:
         load_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_run_is_no_teacher():
+    with pytest.raises(TypeError, match=r"a teacher is a torch\.nn\.Module, got a NoneType; pass a module"):
+        ModuleTeacher(None)
+
+
+def test_an_input_that_the_batch_lacks_is_named():
+    with pytest.raises(ValueError, match=r"Bilinear takes 'input2', and the batch has .*; add it, or rename"):
+        ModuleTeacher(nn.Bilinear(4, 4, 3)).signal({"input1": points()[0]}, ["logits"])

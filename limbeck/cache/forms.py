@@ -18,8 +18,10 @@ form                bytes for each position                                     
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -160,7 +162,7 @@ class TopKForm:
 
     Args:
         k: How many logits.
-        temperatures: At which a term may use them.
+        temperatures: At which a term may use them; one number is that one alone.
         dtype: Of the values, as in `Dense`.
 
     Raises:
@@ -180,8 +182,8 @@ class TopKForm:
 
     def __post_init__(self) -> None:
         _check_dtype(self.dtype)
-        _check_counts(self.temperatures, k=self.k)
-        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        _check_counts(k=self.k)
+        object.__setattr__(self, "temperatures", _temperatures(self.temperatures))
 
     def encode(self, values: Any, kind: Kind, mask: Tensor | None, keys: Sequence[bytes]) -> dict[str, Column]:
         """See `Form`.
@@ -243,8 +245,8 @@ class SampledForm:
     NAME: ClassVar[str] = "sampled"
 
     def __post_init__(self) -> None:
-        _check_counts(self.temperatures, draws=self.draws)
-        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        _check_counts(draws=self.draws)
+        object.__setattr__(self, "temperatures", _temperatures(self.temperatures))
 
     def encode(self, values: Any, kind: Kind, mask: Tensor | None, keys: Sequence[bytes]) -> dict[str, Column]:
         """See `Form`."""
@@ -288,8 +290,8 @@ class HybridForm:
     NAME: ClassVar[str] = "hybrid"
 
     def __post_init__(self) -> None:
-        _check_counts(self.temperatures, k=self.k, draws=self.draws)
-        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        _check_counts(k=self.k, draws=self.draws)
+        object.__setattr__(self, "temperatures", _temperatures(self.temperatures))
 
     def encode(self, values: Any, kind: Kind, mask: Tensor | None, keys: Sequence[bytes]) -> dict[str, Column]:
         """See `Form`."""
@@ -401,9 +403,18 @@ def _check_dtype(dtype: str) -> None:
         raise ValueError(f"unknown dtype {dtype!r} for kept signals; known: {', '.join(DTYPES)}")
 
 
-def _check_counts(temperatures: Sequence[float], **counts: int) -> None:
+def _check_counts(**counts: Any) -> None:
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}; give a number of entries of at least 1")
-    if not temperatures or any(not t > 0 for t in temperatures):
-        raise ValueError(f"the temperatures {list(temperatures)} are not all positive numbers; give one or more")
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+            raise ValueError(f"{name} is {count!r}; give a whole number of entries of at least 1")
+
+
+def _temperatures(given: Any) -> tuple[float, ...]:
+    """One or more, as numbers."""
+    found = (given,) if isinstance(given, Real) else given
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        raise ValueError(f"temperatures={given!r} are not numbers; give one or more, such as (1.0, 2.0)")
+    found = tuple(found)
+    if not found or not all(isinstance(t, Real) and 0 < float(t) < math.inf for t in found):
+        raise ValueError(f"the temperatures {list(found)} are not all positive numbers; give one or more")
+    return tuple(float(t) for t in found)

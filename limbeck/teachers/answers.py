@@ -22,6 +22,7 @@ class Answers:
 
     Raises:
         OSError: the folder cannot be written.
+        ValueError: it is a file, or holds other things and no answers.
 
     Example:
         >>> import tempfile
@@ -36,6 +37,7 @@ class Answers:
         self._lock = threading.Lock()
         self._file = None if folder is None else folder / FILE
         if folder is not None:
+            _check_folder(folder)
             folder.mkdir(parents=True, exist_ok=True)
             self._read()
 
@@ -73,3 +75,12 @@ class Answers:
                 continue
             if isinstance(key, str) and isinstance(answer, str):
                 self.found[key] = answer
+
+
+def _check_folder(folder: Path) -> None:
+    """Leave a folder that is somebody else's alone."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file, and answers are kept in a folder; name another")
+    other = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if other and FILE not in other:
+        raise ValueError(f"{str(folder)!r} holds {other[0]!r} and no answers of a teacher; name another folder")

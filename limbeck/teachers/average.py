@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.taps import Read
-from limbeck.teachers.module import ModuleTeacher
+from limbeck.teachers.module import ModuleTeacher, check_module
 from limbeck.types import Batch, Signal
 
 DECAY, BEHIND, WEIGHTS, BUFFERS = "decay", "behind", "weights", "buffers"
@@ -43,6 +43,7 @@ class Average:
         module: The mean, a frozen copy.
 
     Raises:
+        TypeError: no module.
         ValueError: a decay outside of 0 to 1.
 
     Example:
@@ -60,8 +61,9 @@ class Average:
     """
 
     def __init__(self, student: nn.Module, decay: float = 0.999, read: Read | None = None) -> None:
-        if not 0 <= decay <= 1:
-            raise ValueError(f"a decay is a share from 0 to 1, got {decay}")
+        check_module(student, "a student")
+        if not (isinstance(decay, (int, float)) and 0 <= decay <= 1):
+            raise ValueError(f"a decay is a share from 0 to 1, got {decay!r}; change it")
         self.student = student
         self.decay = decay
         self._teacher = ModuleTeacher(copy.deepcopy(student), read)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from limbeck.batch import batch_size, take, view
 from limbeck.losses.base import full_precision
@@ -44,6 +46,7 @@ class Ensemble:
     - ``"per-sample confidence"``: the mean of probabilities, where at each position a member counts the more the
       nearer it comes to the label; see `limbeck.teachers.mixing.confidence`. Labels and logits stand at the same
       positions. For cross-entropies and forward KL that is the weighted sum of the members' losses, as published.
+      In a batch without labels a member counts the more the surer it is, by its entropy.
     - ``"random"``: of each example one member's, drawn by the weights from PyTorch's generator on the CPU, which
       checkpoints keep; only the drawn examples are run. What a term reads of a mixture in one step is one draw.
 
@@ -62,7 +65,7 @@ class Ensemble:
     Raises:
         ValueError: no teacher, a name with ``":"`` in it, `Self` as a teacher, an unknown mix, wrong weights or
             temperature.
-        TypeError: something that is no teacher.
+        TypeError: something that is no teacher, or weights or a temperature that are no numbers.
 
     Example:
         >>> from torch import nn
@@ -85,16 +88,16 @@ class Ensemble:
     ) -> None:
         from limbeck.teachers import as_teacher  # which may make ensembles, too
 
-        named = teachers if isinstance(teachers, Mapping) else {str(i): t for i, t in enumerate(teachers)}
-        _check_names(named)
+        named = _named(teachers)
         self.members: dict[str, Teacher] = {name: as_teacher(teacher) for name, teacher in named.items()}
         if any(isinstance(member, Self) for member in self.members.values()):
             raise ValueError("Self means the student's own pass, which no ensemble has; take Average(student)")
         self.weights = _checked_weights(weights, list(named))
         if mix not in MIXES:
             raise ValueError(f"an ensemble cannot mix by {mix!r}; {nearest(str(mix), MIXES)}")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"a temperature is a number above 0, got {temperature}")
+        number: Any = temperature
+        if not (isinstance(number, Real) and 0 < float(number) < math.inf):
+            raise ValueError(f"a temperature is a number above 0, got {temperature!r}; change it")
         self.mix, self.temperature = mix, float(temperature)
 
     def parts(self) -> Mapping[str, Teacher]:
@@ -179,7 +182,7 @@ class Ensemble:
     def _mixed(self, batch: Batch, mixed: list[str], own: Mapping[str, list[str]]) -> dict[str, Value]:
         active = self._active() if mixed else []
         found = {
-            name: self._ask(name, view(batch, name), [*taps, *(mixed if name in active else ())])
+            name: self._ask(name, self._view(batch, name), [*taps, *(mixed if name in active else ())])
             for name, taps in own.items()
             if taps or name in active
         }
@@ -189,7 +192,21 @@ class Ensemble:
         return values
 
     def _ask(self, name: str, batch: Batch, taps: Sequence[str]) -> Signal:
-        return self.members[name].signal(batch, list(dict.fromkeys(taps)))
+        try:
+            return self.members[name].signal(batch, list(dict.fromkeys(taps)))
+        except ValueError as error:
+            raise ValueError(f"teacher {name!r} of the ensemble: {error}") from error
+
+    def _view(self, batch: Batch, name: str) -> Batch:
+        """What a member is given of the batch: its own part, and not those of the others."""
+        misnamed = name not in batch and self.members.keys() & batch.keys()
+        unknown = [key for key in batch if isinstance(batch[key], Mapping) and key not in self.members]
+        if misnamed and unknown:
+            raise ValueError(
+                f"the batch has no part for teacher {name!r} of the ensemble, and one named {unknown[0]!r} for "
+                f"none; name it {name!r}"
+            )
+        return view(batch, name)
 
     def _mean(self, tap: str, found: Mapping[str, Value], labels: Any) -> Tensor:
         dense = _checked_logits(tap, found, self.mix)
@@ -211,7 +228,7 @@ class Ensemble:
         for number, (name, taps) in enumerate(own.items()):
             drawn = (draws == number).nonzero().flatten()
             places.append(drawn)
-            found, piece = self._part(name, view(batch, name), taps, mixed, drawn)
+            found, piece = self._part(name, self._view(batch, name), taps, mixed, drawn)
             values |= found
             for tap, value in piece.items():
                 pieces[tap][name] = value
@@ -259,6 +276,15 @@ def _choose(taps: Sequence[str]) -> str:
     return f"write {' or '.join(map(repr, taps))}" if taps else "choose another tap"
 
 
+def _named(teachers: Any) -> Mapping[str, Any]:
+    """Teachers by name."""
+    if isinstance(teachers, (str, Module)) or not isinstance(teachers, Iterable):
+        raise TypeError(f"an ensemble is a list of teachers, or a dict by name, got a {type(teachers).__name__}")
+    named = teachers if isinstance(teachers, Mapping) else {str(i): t for i, t in enumerate(teachers)}
+    _check_names(named)
+    return named
+
+
 def _check_names(named: Mapping[str, Any]) -> None:
     if not named:
         raise ValueError("an ensemble needs a teacher at least, and there is none; add one")
@@ -267,10 +293,14 @@ def _check_names(named: Mapping[str, Any]) -> None:
             raise ValueError(f"{name!r} cannot name a teacher; take a text without {SEPARATOR!r}")
 
 
-def _checked_weights(weights: Sequence[float] | Mapping[str, float] | None, names: list[str]) -> dict[str, float]:
+def _checked_weights(weights: Any, names: list[str]) -> dict[str, float]:
     """Weights by name that sum to 1."""
     if weights is None:
         weights = [1.0] * len(names)
+    if isinstance(weights, str) or not isinstance(weights, Iterable):
+        raise TypeError(
+            f"weights are numbers, one for each teacher, got {weights!r}; leave them out for all the same"
+        )
     if isinstance(weights, Mapping):
         unknown = next((name for name in weights if name not in names), None)
         if unknown is not None:
@@ -279,7 +309,10 @@ def _checked_weights(weights: Sequence[float] | Mapping[str, float] | None, name
         if missing is not None:
             raise ValueError(f"teacher {missing!r} has no weight; give it one, 0 to leave it out of mixtures")
         weights = [weights[name] for name in names]
-    numbers = [float(weight) for weight in weights]
+    try:
+        numbers = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise TypeError(f"weights are numbers, one for each teacher, got {weights!r}; change them") from None
     if len(numbers) != len(names):
         raise ValueError(f"{len(numbers)} weights for {len(names)} teachers; give each its own")
     if not all(0 <= number < math.inf for number in numbers) or not any(numbers):

@@ -49,6 +49,10 @@ class Given:
             raise ValueError(
                 f"the batch has no {TEACHER_CACHE!r}, only {sorted(batch)}; add it, or name a teacher"
             )
+        if batch[TEACHER_CACHE] is None:
+            raise ValueError(
+                f"the batch's {TEACHER_CACHE!r} is None; give it what the teacher said, or leave it out"
+            )
         found = read_output(batch[TEACHER_CACHE], self.read)
         values = {tap: self._value(found, tap) for tap in wants}
         size = batch_size(view(batch, STUDENT))

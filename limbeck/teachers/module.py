@@ -42,6 +42,7 @@ class ModuleInputs:
         self.named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         self.places = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
         self.is_open = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.required = [p.name for p in parameters if p.name in self.named and p.default is p.empty]
 
     def select(self, batch: Batch) -> dict[str, Any]:
         """The entries of the batch that the model takes by name."""
@@ -56,6 +57,12 @@ class ModuleInputs:
             raise ValueError(
                 f"{type(self.model).__name__} takes {sorted(self.named)}, and the batch has {sorted(batch)}; "
                 "rename the batch's entries to the model's"
+            )
+        missing = [] if given else [name for name in self.required if name not in inputs and name not in extra]
+        if missing:
+            raise ValueError(
+                f"{type(self.model).__name__} takes {missing[0]!r}, and the batch has {sorted(batch)}; add it, or "
+                "rename an entry"
             )
         extra = {key: value for key, value in extra.items() if self.is_open or key in self.named}
         return (self.model if run is None else run)(*given, **inputs, **extra)
@@ -135,6 +142,7 @@ class ModuleTeacher:
         compile: Compile the module with `torch.compile`; or a dict of options for that.
 
     Raises:
+        TypeError: no module.
         ValueError: an unknown dtype or device, or options that contradict each other.
 
     Example:
@@ -158,6 +166,7 @@ class ModuleTeacher:
         int8: bool = False,
         compile: bool | Mapping[str, Any] = False,
     ) -> None:
+        check_module(module, "a teacher")
         self.device = None if device is None else _checked_device(device)
         _check_options(self.device, dtype, int8, compile)
         self.device = CPU if int8 else self.device
@@ -183,7 +192,8 @@ class ModuleTeacher:
         """Run the module on the batch and read the wanted taps.
 
         Raises:
-            ValueError: a tap that the module does not have, or a batch with nothing for it.
+            ValueError: a tap that the module does not have, a batch without what it takes, or a device without
+                values.
         """
         home = device_of(batch)
         self._follow(home)
@@ -192,6 +202,8 @@ class ModuleTeacher:
             signal = self._reader(self._placed(batch), wants, self._compiled)
         if home is None or self.device in (None, home):
             return signal
+        if self.device is not None and self.device.type == "meta":
+            raise ValueError("the teacher is on 'meta', which holds no values to give; choose another device")
         return Signal({tap: value.to(home) for tap, value in signal.values.items()})
 
     def identity(self) -> Mapping[str, Any]:
@@ -249,6 +261,16 @@ def _checked_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"a teacher cannot be on {str(device)!r}: {reason}; choose another device") from None
+
+
+def check_module(module: Any, what: str) -> None:
+    """Refuse what cannot be run.
+
+    Raises:
+        TypeError: no module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{what} is a torch.nn.Module, got a {type(module).__name__}; pass a module")
 
 
 def _check_options(device: torch.device | None, dtype: Any, int8: Any, compile: Any) -> None:

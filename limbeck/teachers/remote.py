@@ -65,6 +65,7 @@ class Remote:
         no_opinion: How many answers were no label so far.
 
     Raises:
+        TypeError: labels that are no list of texts.
         ValueError: options that do not go together.
 
     Example:
@@ -97,7 +98,7 @@ class Remote:
         self.size = len(tokenizer) if size is None and tokenizer is not None else size
         self.tokenizer = tokenizer
         self.k = k
-        self.labels = None if labels is None else tuple(labels)
+        self.labels = None if labels is None else _labels(labels)
         self.prompt = prompt
         self.unknown = unknown
         self.revision = revision
@@ -107,16 +108,20 @@ class Remote:
         self._check()
 
     def _check(self) -> None:
+        for name, least in (("size", 1), ("batch_size", 1), ("k", 1 if self.size and not self.labels else 0)):
+            number = getattr(self, name)
+            if number is not None and number < least:
+                raise ValueError(f"{name} is {number}; give a number of at least {least}")
         if (self.labels is None) != (self.prompt is None):
             raise ValueError("labels and prompt go together, and one of them is missing; give both or neither")
         if self.unknown not in ("error", "uniform"):
             raise ValueError(f"unknown={self.unknown!r} is none of 'error' and 'uniform'; choose one of them")
         if self.labels is not None:
             _check_labels(self.labels, self.prompt or "")
-        least, most = (0, math.inf) if self.size is None or self.labels else (1, self.size)
-        if not least <= self.k <= most or self.batch_size < 1:
+        if self.size is not None and not self.labels and self.k > self.size:
             raise ValueError(
-                f"k={self.k} must be from {least} to {most} and batch_size={self.batch_size} positive; change them"
+                f"k={self.k} log-probabilities are more than the vocabulary of size={self.size} has; take "
+                f"k={self.size} or less"
             )
 
     def offers(self, tap: str) -> bool:
@@ -194,12 +199,22 @@ class Remote:
             The answers, in the order of the prompts.
 
         Raises:
-            ValueError: the server refuses, or answers nonsense.
+            TypeError: the prompts are one text.
+            ValueError: the server refuses, or answers nonsense; no token, a temperature below 0, or a folder that
+                holds other things.
             ConnectionError: the server cannot be reached, or not be made to answer.
 
         Reference:
             Kim and Rush 2016, Sequence-Level Knowledge Distillation, arXiv:1606.07947.
         """
+        if isinstance(prompts, str):
+            raise TypeError(f"the prompts are one text, {prompts[:60]!r}; pass a list of them")
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}; give a number of at least 1")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(
+                f"the temperature is {temperature}; give a number from 0, which always takes the best"
+            )
         kept = Answers(None if folder is None else Path(folder))
         bodies = [self._chat(prompt, max_tokens, temperature=temperature) for prompt in prompts]
         keys = [json_digest({"revision": self.revision, **body}) for body in bodies]
@@ -324,6 +339,14 @@ class Remote:
         rest = math.log(others) + share if others else -math.inf
         ids = torch.arange(self.k).expand(rows, length, self.k).clone()
         return TopK(ids, self.size, (1.0,), torch.full(ids.shape, share), torch.full((rows, length, 1), rest))
+
+
+def _labels(given: Any) -> tuple[str, ...]:
+    is_list = isinstance(given, Iterable) and not isinstance(given, str)
+    found = tuple(given) if is_list else ()
+    if not is_list or not all(isinstance(label, str) for label in found):
+        raise TypeError(f"labels={given!r} is no list of texts; name each class, such as ('bad', 'good')")
+    return found
 
 
 def _check_labels(labels: Sequence[str], prompt: str) -> None:

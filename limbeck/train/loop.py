@@ -153,7 +153,7 @@ class _Training:
         settings, accelerator = self.settings, self.accelerator
         seed_everything(settings.seed)
         rank, world = accelerator.process_index, accelerator.num_processes
-        batches = train_batches(train_data, settings, rank, world)
+        batches = train_batches(train_data, settings, rank, world, self.distiller.objective.tasks)
         tasks, mixture = (batches.tasks, batches.described()) if isinstance(batches, MixedBatches) else ((), {})
         if self.scoring is not None:
             self.scoring.check(self.distiller, tasks)

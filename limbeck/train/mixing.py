@@ -7,12 +7,13 @@ that was interrupted goes on as it would have.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from limbeck.registry import nearest
 from limbeck.train.data import Batches, Step, as_batches
 from limbeck.train.settings import Settings
 from limbeck.types import TASK, Batch
@@ -153,13 +154,25 @@ def _batches(data: Mixed, task: str, settings: Settings, rank: int, world: int) 
         raise type(error)(f"task {task!r}: {error}") from None
 
 
-def train_batches(data: Any, settings: Settings, rank: int = 0, world: int = 1) -> Batches:
+def train_batches(
+    data: Any, settings: Settings, rank: int = 0, world: int = 1, tasks: Iterable[str] = ()
+) -> Batches:
     """The steps of a training, on one task (see `as_batches`) or on several.
+
+    Args:
+        data: The data; of several tasks, `Mixed`.
+        settings: The training's.
+        rank: The number of this process.
+        world: The number of processes.
+        tasks: Those that terms are for; each has to have data among several tasks'.
 
     Raises:
         TypeError: data that cannot be batched.
-        ValueError: there are no examples.
+        ValueError: there are no examples, or none of a task.
     """
-    if isinstance(data, Mixed):
-        return MixedBatches(data, settings, rank, world)
-    return as_batches(data, settings, rank, world)
+    if not isinstance(data, Mixed):
+        return as_batches(data, settings, rank, world)
+    without = next((task for task in tasks if task not in data.parts), None)
+    if without is not None:
+        raise ValueError(f"terms are for task {without!r}, which has no data; {nearest(without, data.parts)}")
+    return MixedBatches(data, settings, rank, world)
