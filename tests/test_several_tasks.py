@@ -602,7 +602,7 @@ def test_a_cache_that_stands_for_several_tasks_is_counted_once():
 
 
 def test_one_teacher_may_know_all_tasks():
-    """A module that takes the task, as the student is one."""
+    """A module that takes the task, as the student is one; remembered, too."""
     terms = [Term("logits", loss="forward_kl"), Term("body", "body", loss="mse", project="linear", task="two")]
     by_task = Distiller(small.student(), small.teachers(), terms[:1])
     theirs = small.teachers()
@@ -610,12 +610,15 @@ def test_one_teacher_may_know_all_tasks():
     theirs["three"][0].load_state_dict(theirs["two"][0].state_dict())
     several = Heads(theirs, "0")
     expected = {t: ByTask(theirs).signal(batch(t), ["logits"])["logits"] for t in theirs}
-    trained = Distiller(small.student(), several, terms)
-    for task in ("two", "three"):
-        log_p, one = expected[task].log_softmax(-1), batch(task)
-        log_q = trained.student(one["input"], task=task).log_softmax(-1)
-        value = trained(**one).terms["forward_kl"]
-        assert value.item() == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-5)
+    kept = Cached(several)
+    for teacher in (several, kept):
+        trained = Distiller(small.student(), teacher, terms)
+        for task in ("two", "three"):
+            log_p, one = expected[task].log_softmax(-1), batch(task)
+            log_q = trained.student(one["input"], task=task).log_softmax(-1)
+            value = trained(**one).terms["forward_kl"]
+            assert value.item() == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-5)
+    assert kept.computed == 8
     assert by_task(**one).terms["forward_kl"].item() != pytest.approx(value.item(), rel=1e-3)
 
 
