@@ -15,33 +15,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 import limbeck
-from limbeck import cli
 from limbeck.building import _Build, build_cache
 from limbeck.cache import Store, merge, read_manifest
 from limbeck.recipe import Recipe
 from tests import tiny
 
 
-def recipe(place, **changes):
-    return {
-        "task": {"name": "table", "data": str(place / "data.csv"), "text": ["text"], "label": "label"},
-        "teacher": {"model": str(place / "teacher"), "training": {"steps": 2}},
-        "student": {"layers": [0]},
-        "training": {"epochs": 2, "batch_size": 16, "learning_rate": 1e-3},
-        "store": str(place / "store"),
-        **changes,
-    }
-
-
 @pytest.fixture
 def place(tmp_path):
-    tiny.save_encoder(tmp_path / "teacher")
-    tiny.table().to_csv(tmp_path / "data.csv", index=False)
-    return tmp_path
+    return tiny.place_of(tmp_path)
 
 
 def kept(place, **changes):
-    return recipe(place, teacher={"model": f"cache:{place / 'signals'}"}, **changes)
+    return tiny.recipe(place, teacher={"model": f"cache:{place / 'signals'}"}, **changes)
 
 
 def weights(folder):
@@ -58,10 +44,10 @@ def content(folder):
 
 
 def test_a_cache_stands_for_its_teacher(place):
-    built = build_cache(recipe(place), place / "signals")
+    built = build_cache(tiny.recipe(place), place / "signals")
     assert 0 < built.computed <= built.examples
     assert not (place / "signals" / "work").exists()
-    live = limbeck.distill(recipe(place), place / "live")
+    live = limbeck.distill(tiny.recipe(place), place / "live")
     shutil.rmtree(place / "teacher")
     shutil.rmtree(place / "store")
     ours = limbeck.distill(kept(place), place / "run")
@@ -75,9 +61,9 @@ def test_a_cache_stands_for_its_teacher(place):
 
 
 def test_building_again_asks_for_nothing(place):
-    first = build_cache(recipe(place), place / "signals")
+    first = build_cache(tiny.recipe(place), place / "signals")
     before = content(place / "signals")
-    again = build_cache(recipe(place), place / "signals")
+    again = build_cache(tiny.recipe(place), place / "signals")
     assert first.computed > 0
     assert again.computed == 0
     after = content(place / "signals")
@@ -91,8 +77,8 @@ def with_examples(count, made):
 
 def test_merged_caches_stand_for_their_teacher(place):
     tiny.save_classifier(place / "teacher", ["bad", "good"])
-    build_cache(with_examples(20, recipe(place)), place / "some")
-    build_cache(recipe(place), place / "more")
+    build_cache(with_examples(20, tiny.recipe(place)), place / "some")
+    build_cache(tiny.recipe(place), place / "more")
     merge(place / "signals", [place / "some", place / "more"])
     assert limbeck.distill(kept(place), place / "run").student.teacher_examples == 0
 
@@ -137,7 +123,7 @@ def test_a_cache_of_augmented_images_stands_for_its_teacher(tmp_path):
 def test_another_number_of_logits_than_was_kept_is_refused(place):
     form = {"logits": "topk", "k": 2}
     terms = {"kd": {"loss": "forward_kl"}}
-    build_cache(recipe(place, cache=form, terms=terms), place / "signals")
+    build_cache(tiny.recipe(place, cache=form, terms=terms), place / "signals")
     said = r"keeps 'logits' otherwise than the recipe wants it \(k: 2 there, 1 here\)"
     with pytest.raises(ValueError, match=said):
         limbeck.distill(kept(place, cache={**form, "k": 1}, terms=terms), place / "run")
@@ -153,16 +139,16 @@ def test_fine_tuning_that_was_interrupted_is_not_taken_up_for_other_data(place, 
     monkeypatch.setattr("limbeck.models.TeacherStore.keep", dies)
     for count in (20, 24):
         with pytest.raises(InterruptedError):
-            build_cache(with_examples(count, recipe(place)), place / "signals")
+            build_cache(with_examples(count, tiny.recipe(place)), place / "signals")
     assert len(list((place / "signals" / "work").iterdir())) == 2
     monkeypatch.undo()
-    build_cache(with_examples(24, recipe(place)), place / "signals")
+    build_cache(with_examples(24, tiny.recipe(place)), place / "signals")
     assert not (place / "signals" / "work").exists()
 
 
-def test_an_interrupt_keeps_what_was_said_and_says_so(place, monkeypatch, limbeck_command):
+def test_an_interrupt_keeps_what_was_said_and_says_so(place, monkeypatch, command):
     tiny.save_classifier(place / "teacher", ["bad", "good"])
-    (place / "recipe.yaml").write_text(Recipe.parse(recipe(place)).to_yaml())
+    (place / "recipe.yaml").write_text(Recipe.parse(tiny.recipe(place)).to_yaml())
     shares = _Build._shares
 
     def interrupted(build, data):
@@ -170,7 +156,7 @@ def test_an_interrupt_keeps_what_was_said_and_says_so(place, monkeypatch, limbec
         raise KeyboardInterrupt
 
     monkeypatch.setattr(_Build, "_shares", interrupted)
-    status, said = limbeck_command("cache", "build", place / "recipe.yaml", "--out", place / "signals")
+    status, said = command("cache", "build", place / "recipe.yaml", "--out", place / "signals")
     assert (status, "what the teacher said is kept in" in " ".join(said.split())) == (130, True)
     assert "nothing was begun" not in said
     assert 0 < len(Store(read_manifest(place / "signals"), place / "signals")) <= 16
@@ -178,9 +164,9 @@ def test_an_interrupt_keeps_what_was_said_and_says_so(place, monkeypatch, limbec
 
 def test_of_grown_data_what_is_new_is_asked_for_and_filtered_data_is_there(place):
     tiny.save_classifier(place / "teacher", ["bad", "good"])  # one that needs no training on the data
-    first = build_cache(with_examples(20, recipe(place)), place / "signals")
+    first = build_cache(with_examples(20, tiny.recipe(place)), place / "signals")
     before = content(place / "signals")
-    grown = build_cache(recipe(place), place / "signals")
+    grown = build_cache(tiny.recipe(place), place / "signals")
     assert grown.examples > 20
     assert first.computed + grown.computed == len(Store(read_manifest(place / "signals"), place / "signals"))
     after = content(place / "signals")
@@ -190,14 +176,14 @@ def test_of_grown_data_what_is_new_is_asked_for_and_filtered_data_is_there(place
 
 
 def test_a_folder_of_another_teacher_is_refused_before_one_is_fine_tuned(place):
-    build_cache(with_examples(20, recipe(place)), place / "signals")
+    build_cache(with_examples(20, tiny.recipe(place)), place / "signals")
     before = sorted((place / "store" / "teachers").iterdir())
     with pytest.raises(
         ValueError, match=r"is of another teacher \(data.train: .*, and this one would be fine-tuned"
     ):
-        build_cache(recipe(place), place / "signals")
+        build_cache(tiny.recipe(place), place / "signals")
     assert sorted((place / "store" / "teachers").iterdir()) == before
-    assert build_cache(with_examples(20, recipe(place)), place / "signals").computed == 0
+    assert build_cache(with_examples(20, tiny.recipe(place)), place / "signals").computed == 0
 
 
 @pytest.mark.parametrize(
@@ -214,7 +200,7 @@ def test_a_folder_of_another_teacher_is_refused_before_one_is_fine_tuned(place):
     ],
 )
 def test_what_a_recipe_says_of_a_cache_must_be_so(place, change, said):
-    build_cache(recipe(place, terms={"kd": {"loss": "forward_kl"}}), place / "signals")
+    build_cache(tiny.recipe(place, terms={"kd": {"loss": "forward_kl"}}), place / "signals")
     chosen = kept(place)
     for key, value in change.items():
         chosen[key] = {**chosen.get(key, {}), **value} if isinstance(value, dict) else value
@@ -223,7 +209,7 @@ def test_what_a_recipe_says_of_a_cache_must_be_so(place, change, said):
 
 
 def test_files_beside_the_signals_are_checked(place):
-    build_cache(recipe(place), place / "signals")
+    build_cache(tiny.recipe(place), place / "signals")
     weights_of_student = place / "signals" / "student" / "model.safetensors"
     content_of_it = weights_of_student.read_bytes()
     weights_of_student.write_bytes(content_of_it[:-1] + b"?")
@@ -235,7 +221,7 @@ def test_files_beside_the_signals_are_checked(place):
 
 
 def test_a_cache_without_any_signals_lacks_all_examples(place):
-    build_cache(recipe(place), place / "signals")
+    build_cache(tiny.recipe(place), place / "signals")
     for shard in (place / "signals").glob("*.safetensors"):
         shard.unlink()
     with pytest.raises(ValueError, match=r"(\d+) of \1 training examples are not in"):
@@ -248,7 +234,7 @@ def test_a_cache_has_no_way_to_run(place):
 
 
 def test_missing_examples_are_counted_before_anything_is_trained(place):
-    build_cache(with_examples(20, recipe(place)), place / "signals")
+    build_cache(with_examples(20, tiny.recipe(place)), place / "signals")
     with pytest.raises(
         ValueError, match=r"\d+ of \d+ training examples are not in .*signals, and there is no teacher"
     ):
@@ -257,14 +243,14 @@ def test_missing_examples_are_counted_before_anything_is_trained(place):
 
 
 def test_a_teacher_whose_cache_was_not_finished_is_refused(place):
-    build_cache(recipe(place), place / "signals")
+    build_cache(tiny.recipe(place), place / "signals")
     shutil.rmtree(place / "signals" / "teacher")
     with pytest.raises(ValueError, match="finish it with limbeck cache build"):
         limbeck.distill(kept(place), place / "run")
 
 
 def test_other_labels_and_other_evaluation_data_are_refused(place):
-    build_cache(recipe(place), place / "signals")
+    build_cache(tiny.recipe(place), place / "signals")
     about = place / "signals" / "teacher" / "about.json"
     found = json.loads(about.read_text())
     about.write_text(json.dumps({**found, "labels": found["labels"][::-1]}))
@@ -286,7 +272,7 @@ def test_other_labels_and_other_evaluation_data_are_refused(place):
 
 
 def test_layers_that_were_not_kept_are_refused(place):
-    build_cache(recipe(place), place / "signals")
+    build_cache(tiny.recipe(place), place / "signals")
     with pytest.raises(
         ValueError, match=r"layers \[1\] come from the teacher's weights, which are not here; .* \[0\]"
     ):
@@ -295,7 +281,7 @@ def test_layers_that_were_not_kept_are_refused(place):
 
 @pytest.mark.parametrize("terms", [{"hidden": {"tap": "layers", "loss": "mse", "map": "cka"}}])
 def test_layers_cannot_be_matched_without_a_teacher(place, terms):
-    build_cache(recipe(place), place / "signals")
+    build_cache(tiny.recipe(place), place / "signals")
     with pytest.raises(ValueError, match="map cka is found from the teacher's layers, which are not here"):
         limbeck.distill(kept(place, terms=terms), place / "run")
 
@@ -304,9 +290,9 @@ def test_a_folder_with_other_things_is_refused_before_the_teacher_is_trained(pla
     (place / "mine").mkdir()
     (place / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"is no cache of limbeck, it holds 'notes.txt'"):
-        build_cache(recipe(place), place / "mine")
+        build_cache(tiny.recipe(place), place / "mine")
     with pytest.raises(ValueError, match="is a file"):
-        build_cache(recipe(place), place / "data.csv")
+        build_cache(tiny.recipe(place), place / "data.csv")
     with pytest.raises(ValueError, match="is a cache already"):
         build_cache(kept(place), place / "other")
     assert not (place / "store").exists()
@@ -315,18 +301,18 @@ def test_a_folder_with_other_things_is_refused_before_the_teacher_is_trained(pla
 def test_too_little_room_is_said_before_the_teacher_is_asked(place, monkeypatch):
     monkeypatch.setattr("limbeck.building.free_bytes", lambda place: 10)
     with pytest.raises(ValueError, match="bytes of signals do not fit the 10 free"):
-        build_cache(recipe(place), place / "signals")
+        build_cache(tiny.recipe(place), place / "signals")
 
 
 def test_two_processes_share_the_work(place):
     tiny.save_classifier(place / "teacher", ["bad", "good"])
-    (place / "recipe.yaml").write_text(Recipe.parse(recipe(place)).to_yaml())
+    (place / "recipe.yaml").write_text(Recipe.parse(tiny.recipe(place)).to_yaml())
     port = str(random.Random().randint(20000, 50000))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     command = [*launch, "-m", "limbeck", "cache", "build", str(place / "recipe.yaml"), "--out"]
     done = subprocess.run([*command, str(place / "both")], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    built = build_cache(recipe(place), place / "alone")
+    built = build_cache(tiny.recipe(place), place / "alone")
     assert f"the teacher ran for {built.computed} now" in done.stdout
     assert len(list((place / "both").glob("*.safetensors"))) == 2
     ours, theirs = content(place / "both"), content(place / "alone")
@@ -334,31 +320,16 @@ def test_two_processes_share_the_work(place):
     assert all(torch.allclose(ours[k], theirs[k], rtol=1e-5, atol=1e-6) for k in ours)
 
 
-@pytest.fixture
-def limbeck_command(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["limbeck", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        printed = capsys.readouterr()
-        return status, printed.out + printed.err
-
-    return run
-
-
-def test_the_commands_of_the_readme(place, limbeck_command):
-    (place / "recipe.yaml").write_text(Recipe.parse(recipe(place)).to_yaml())
-    status, said = limbeck_command("cache", "build", place / "recipe.yaml", "--out", place / "signals")
+def test_the_commands_of_the_readme(place, command):
+    (place / "recipe.yaml").write_text(Recipe.parse(tiny.recipe(place)).to_yaml())
+    status, said = command("cache", "build", place / "recipe.yaml", "--out", place / "signals")
     assert (status, "the teacher ran for" in said) == (0, True)
     teacher = ["--teacher", f"cache:{place / 'signals'}", "--out", place / "run"]
-    status, said = limbeck_command("distill", place / "recipe.yaml", *teacher)
+    status, said = command("distill", place / "recipe.yaml", *teacher)
     assert (status, "not here, its signals are" in said, "not measured" in said) == (0, True, True)
     for place_of_signals, note in (("off", "not remembered, by the recipe"), (place / "more", "remembered in")):
         arguments = ["--cache", place_of_signals, "--out", place / f"run-{note[:3]}", "--set", "baseline=false"]
-        status, said = limbeck_command("distill", place / "recipe.yaml", *arguments)
+        status, said = command("distill", place / "recipe.yaml", *arguments)
         assert (status, note in " ".join(said.split())) == (0, True)
 
 
@@ -373,9 +344,9 @@ def test_the_commands_of_the_readme(place, limbeck_command):
         (["distill", "RECIPE", "--set", "cache.gib=0"], "cache.gib"),
     ],
 )
-def test_what_is_mistyped_is_one_clear_line(place, limbeck_command, words, said):
-    (place / "recipe.yaml").write_text(Recipe.parse(recipe(place)).to_yaml())
-    status, printed = limbeck_command(*[str(place / "recipe.yaml") if w == "RECIPE" else w for w in words])
+def test_what_is_mistyped_is_one_clear_line(place, command, words, said):
+    (place / "recipe.yaml").write_text(Recipe.parse(tiny.recipe(place)).to_yaml())
+    status, printed = command(*[str(place / "recipe.yaml") if w == "RECIPE" else w for w in words])
     assert status == 2
     assert said in printed
     assert "Traceback" not in printed

@@ -4,7 +4,6 @@ import sys
 
 import pytest
 
-from limbeck import cli
 from limbeck.losses import LOSSES, full_precision
 from limbeck.testing import contract_of, run, verdicts
 
@@ -55,23 +54,13 @@ number = 3
 
 
 @pytest.fixture
-def limbeck(monkeypatch, capsys, tmp_path):
+def limbeck(monkeypatch, command, tmp_path):
     (tmp_path / "my_losses.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     sys.modules.pop("my_losses", None)
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["limbeck", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        printed = capsys.readouterr()
-        return status, printed.out + printed.err
-
-    return call
+    return command
 
 
 def outcomes(printed):

@@ -11,22 +11,9 @@ from limbeck.recipe import Recipe
 from tests import tiny
 
 
-def recipe(place, **changes):
-    return {
-        "task": {"name": "table", "data": str(place / "data.csv"), "text": ["text"], "label": "label"},
-        "teacher": {"model": str(place / "teacher"), "training": {"steps": 2}},
-        "student": {"layers": [0]},
-        "training": {"epochs": 3, "batch_size": 16, "learning_rate": 1e-3},
-        "store": str(place / "store"),
-        **changes,
-    }
-
-
 @pytest.fixture
 def place(tmp_path):
-    tiny.save_encoder(tmp_path / "teacher")
-    tiny.table().to_csv(tmp_path / "data.csv", index=False)
-    return tmp_path
+    return tiny.place_of(tmp_path)
 
 
 def weights(folder):
@@ -34,7 +21,7 @@ def weights(folder):
 
 
 def test_the_teacher_runs_once_for_each_example_over_epochs_and_seeds(place):
-    report = limbeck.distill(recipe(place, seeds=2), place / "run")
+    report = limbeck.distill(tiny.recipe(place, seeds=2), place / "run")
     student = report.student
     count = report.examples["train"]
     assert student.examples == 2 * 3 * count
@@ -44,15 +31,15 @@ def test_the_teacher_runs_once_for_each_example_over_epochs_and_seeds(place):
 
 
 def test_a_remembered_teacher_teaches_the_same(place):
-    ours = limbeck.distill(recipe(place), place / "on")
-    live = limbeck.distill(recipe(place, cache="off"), place / "off")
+    ours = limbeck.distill(tiny.recipe(place), place / "on")
+    live = limbeck.distill(tiny.recipe(place, cache="off"), place / "off")
     torch.testing.assert_close(weights(place / "on"), weights(place / "off"), rtol=1e-3, atol=1e-4)
     assert live.student.teacher_examples is None
     assert ours.student.score == live.student.score
 
 
 def test_a_folder_serves_the_next_run(place):
-    chosen = recipe(place, cache=str(place / "signals"))
+    chosen = tiny.recipe(place, cache=str(place / "signals"))
     first = limbeck.distill(chosen, place / "one")
     again = limbeck.distill(chosen, place / "two")
     other = limbeck.distill({**chosen, "training": {"epochs": 1, "batch_size": 8}}, place / "three")
@@ -62,21 +49,21 @@ def test_a_folder_serves_the_next_run(place):
 
 
 def test_signals_of_another_teacher_are_refused(place):
-    limbeck.distill(recipe(place, cache=str(place / "signals")), place / "one")
-    other = recipe(place, cache=str(place / "signals"))
+    limbeck.distill(tiny.recipe(place, cache=str(place / "signals")), place / "one")
+    other = tiny.recipe(place, cache=str(place / "signals"))
     other["teacher"] = {**other["teacher"], "training": {"steps": 3}}
     with pytest.raises(ValueError, match="holds signals of another teacher"):
         limbeck.distill(other, place / "two")
 
 
 def test_what_does_not_fit_the_memory_goes_to_the_disk(place):
-    report = limbeck.distill(recipe(place, cache={"gib": 1e-9}), place / "run")
+    report = limbeck.distill(tiny.recipe(place, cache={"gib": 1e-9}), place / "run")
     assert report.student.teacher_examples <= report.examples["train"]
 
 
 def test_what_fits_neither_memory_nor_disk_is_not_remembered(place, monkeypatch):
     monkeypatch.setattr("limbeck.remember.free_bytes", lambda place: 10)
-    report = limbeck.distill(recipe(place, cache={"gib": 1e-9}), place / "run")
+    report = limbeck.distill(tiny.recipe(place, cache={"gib": 1e-9}), place / "run")
     assert report.student.teacher_examples is None
 
 
@@ -93,7 +80,7 @@ def test_an_interrupted_run_goes_on_with_what_its_teacher_said(place):
         def callbacks(self, stage):
             return [Watch()] if stage == "student-0" else []
 
-    chosen = recipe(place)
+    chosen = tiny.recipe(place)
     chosen["training"] = {**chosen["training"], "checkpoint_every": 3}
     limbeck.distill(chosen, place / "whole")
     with pytest.raises(Stopped):
@@ -105,9 +92,9 @@ def test_an_interrupted_run_goes_on_with_what_its_teacher_said(place):
 
 
 def test_the_recipe_says_it_all(place):
-    written = Recipe.parse(recipe(place)).to_yaml()
+    written = Recipe.parse(tiny.recipe(place)).to_yaml()
     assert "place: memory" in written
-    report = limbeck.distill(recipe(place, cache={"dtype": "fp16"}), place / "run")
+    report = limbeck.distill(tiny.recipe(place, cache={"dtype": "fp16"}), place / "run")
     assert json.loads((place / "run" / "report.json").read_text())["recipe"]["cache"]["dtype"] == "fp16"
     assert report.student.teacher_examples is not None
 
@@ -119,7 +106,9 @@ SPARSE = {"topk": "TopK", "sampled": "Sampled", "hybrid": "Sampled"}
 def test_logits_may_be_kept_in_part(place, form):
     loss = "forward_kl" if form == "topk" else "soft_cross_entropy"
     terms = {"kd": {"loss": loss, "temperature": 2.0}, "labels": {"tap": "labels", "loss": "cross_entropy"}}
-    kept = recipe(place, terms=terms, cache={"logits": form, "k": 1, "draws": 8, "place": str(place / "kept")})
+    kept = tiny.recipe(
+        place, terms=terms, cache={"logits": form, "k": 1, "draws": 8, "place": str(place / "kept")}
+    )
     report = limbeck.distill(kept, place / "run")
     assert 0 < report.student.teacher_examples <= report.examples["train"]
     again = limbeck.distill({**kept, "training": {**kept["training"], "epochs": 1}}, place / "again")
@@ -130,7 +119,7 @@ def test_logits_may_be_kept_in_part(place, form):
 
 
 def test_losses_that_need_all_logits_say_so_before_anything_is_trained(place):
-    chosen = recipe(place, terms={"kd": {"loss": "logit_mse"}}, cache={"logits": "topk"})
+    chosen = tiny.recipe(place, terms={"kd": {"loss": "logit_mse"}}, cache={"logits": "topk"})
     with pytest.raises(ValueError, match="'logit_mse' cannot be computed from targets that hold only some"):
         limbeck.distill(chosen, place / "run")
     scheduled = {"schedule": "linear", "start": 4, "end": 1}
@@ -142,15 +131,15 @@ def test_losses_that_need_all_logits_say_so_before_anything_is_trained(place):
 
 @pytest.mark.parametrize("way", [{"dtype": "bf16"}, {"int8": True}, {"device": "cpu"}])
 def test_a_teacher_may_teach_in_another_way(place, way):
-    chosen = recipe(place, cache=str(place / "kept"))
+    chosen = tiny.recipe(place, cache=str(place / "kept"))
     chosen["teacher"] = {**chosen["teacher"], **way}
     report = limbeck.distill(chosen, place / "run")
-    plain = limbeck.distill(recipe(place), place / "plain")
+    plain = limbeck.distill(tiny.recipe(place), place / "plain")
     assert report.teacher.score == plain.teacher.score
     if way.get("device") is None:
         assert not torch.equal(weights(place / "run"), weights(place / "plain"))
         with pytest.raises(ValueError, match="holds signals of another teacher"):
-            limbeck.distill(recipe(place, cache=str(place / "kept")), place / "other")
+            limbeck.distill(tiny.recipe(place, cache=str(place / "kept")), place / "other")
 
 
 def test_a_teacher_that_a_function_makes_is_known_again(tmp_path):

@@ -25,6 +25,25 @@ def table(rows=80, seed=0):
     return pd.DataFrame(examples)
 
 
+def place_of(folder):
+    """A folder with an encoder to fine-tune and a table to learn."""
+    save_encoder(folder / "teacher")
+    table().to_csv(folder / "data.csv", index=False)
+    return folder
+
+
+def recipe(place, **changes):
+    """A small run in such a folder."""
+    return {
+        "task": {"name": "table", "data": str(place / "data.csv"), "text": ["text"], "label": "label"},
+        "teacher": {"model": str(place / "teacher"), "training": {"steps": 2}},
+        "student": {"layers": [0]},
+        "training": {"epochs": 3, "batch_size": 16, "learning_rate": 1e-3},
+        "store": str(place / "store"),
+        **changes,
+    }
+
+
 def config(**changes):
     sizes = {
         "hidden_size": 16,
