@@ -24,7 +24,7 @@ LAYERS = [
     "batch metrics pretrained reduce schedules sparse strict",
     "taps projectors matching cache",
     "losses",
-    "terms teachers students balance",
+    "terms teachers students balance stages",
     "objective",
     "distiller",
     "train report",
@@ -34,7 +34,7 @@ LAYERS = [
     "teaching",
     "summary remember",
     "run",
-    "progress testing building",
+    "progress testing building compat",
     "cli_cache",
     "cli",
 ]
