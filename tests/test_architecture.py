@@ -27,7 +27,7 @@ LAYERS = [
     "terms teachers students balance stages",
     "objective",
     "distiller",
-    "train report",
+    "train report alongside",
     "tasks evaluate",
     "recipe stage encodings",
     "models pairing plan keeping",
