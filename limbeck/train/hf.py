@@ -31,9 +31,9 @@ from limbeck.train.checkpoint import (
     set_random_state,
     write_tree,
 )
-from limbeck.train.hf_data import Entries, StudentOnly, samples
+from limbeck.train.hf_data import Entries, StudentOnly, base_of, samples
 from limbeck.train.hf_step import Update
-from limbeck.train.hf_terms import default_terms
+from limbeck.train.hf_terms import default_terms, predicts_next
 from limbeck.train.loop import SEEN_TWICE, seed_everything
 from limbeck.train.ranks import share_signals
 from limbeck.types import LABELS
@@ -116,10 +116,10 @@ class _Distilling(Base):  # type: ignore[misc]
     def _distiller_of(self, student: nn.Module) -> Distiller:
         if self._made is not None and self._made.student is student:
             return self._made
-        terms = self._terms
+        terms, base = self._terms, base_of(student)
         if terms is None:
-            terms = default_terms(student, self.args.label_smoothing_factor, self._some_labels)
-        return Distiller(student, self._teacher, terms, **self._options)
+            terms = default_terms(base, self.args.label_smoothing_factor, self._some_labels)
+        return Distiller(student, self._teacher, terms, **{"causal": predicts_next(base), **self._options})
 
     def _some_labels(self) -> Tensor | None:
         if self.train_dataset is None:
@@ -318,7 +318,8 @@ class DistillationTrainer(_Distilling, Trainer):  # type: ignore[misc]
         *positional: Trainer's other arguments, in its order.
         teacher: Whatever `limbeck.teachers.as_teacher` takes, or None for plain training.
         terms: What is to be learned; by default what suits the student's task, `hf_terms.default_terms`.
-        **options: Trainer's other arguments, and those of a `Distiller`: ``balance``, ``read``, ``causal``, ...
+        **options: Trainer's other arguments, and those of a `Distiller`: ``balance``, ``read``, ``layerwise``, ...
+            ``causal`` is set by itself where the student is a causal language model.
 
     Raises:
         ValueError: what a Distiller refuses; a Distiller beside terms or a teacher; ``compute_loss_func``;

@@ -27,6 +27,23 @@ SAMPLE = 2
 Collate = Callable[[Sequence[Any]], Any]
 
 
+def base_of(student: nn.Module) -> nn.Module:
+    """The model that names its task and inputs: the student, or the one in it that adapters were put on.
+
+    Example:
+        >>> base_of(nn.Linear(2, 3))
+        Linear(in_features=2, out_features=3, bias=True)
+    """
+    from transformers.utils import is_peft_available
+
+    if not is_peft_available():
+        return student
+    from peft import PeftModel
+
+    base: nn.Module = student.get_base_model() if isinstance(student, PeftModel) else student
+    return base
+
+
 @dataclass(frozen=True)
 class Entries:
     """Which entries of an example are for whom.
@@ -54,12 +71,10 @@ class Entries:
             >>> sorted(entries.student), "known" in entries.others, entries.anything
             (['input', 'labels'], True, False)
         """
-        call = ModuleInputs(student)
+        call = ModuleInputs(base_of(student))
         own = call.named | set(labels)
-        read = [name for _, inner in within(teacher) for name in (_reads(inner) or ())]
-        named = [t.mask for t in terms if t.mask] + [
-            tap.partition(".")[2] for t in terms for tap in t.teacher_taps if tap.startswith(f"{LABELS}.")
-        ]
+        read = [name for _, inner in within(teacher) for name in (_reads(inner) or ()) if call.named]
+        named = [entry for t in terms for entry in (t.mask, t.labels) if entry]
         others = {*BESIDE, *read, *named} - own
         anything = any(_reads(inner) is None for _, inner in within(teacher))
         return cls(frozenset(own), frozenset(others), call.is_open, anything)

@@ -43,14 +43,13 @@ def default_terms(
         >>> default_terms(BertForSequenceClassification(config))
         [Term(mse: logits -> logits, weight 1), Term(label_mse: logits -> labels, weight 0.5)]
     """
+    name = type(student).__name__
     config = getattr(student, "config", None)
     if config is None:
-        raise TypeError(
-            f"a {type(student).__name__} has no config that names its task; say with terms=[...] what to learn"
-        )
-    if "QuestionAnswering" in type(student).__name__:
+        raise TypeError(f"a {name} has no config that names its task; say with terms=[...] what to learn")
+    if "QuestionAnswering" in name:
         return _span_terms(smoothing)
-    kind = _problem(type(student).__name__, config, labels)
+    kind = _problem(name, config, labels)
     smoothed: Mapping[str, Any] = {"label_smoothing": smoothing} if smoothing else {}
     teacher, known = {
         REGRESSION: (Term("logits", loss="mse", name=KD), "label_mse"),
@@ -61,6 +60,19 @@ def default_terms(
     }.get(kind, (Term("logits", loss="forward_kl", temperature=TEMPERATURE, name=KD), "cross_entropy"))
     options = smoothed if known == "cross_entropy" else {}
     return [teacher, Term(LABELS, loss=known, weight=SHARE_OF_LABELS, name=LABELS, **options)]
+
+
+def predicts_next(student: nn.Module) -> bool:
+    """Whether a model's labels stand at their own tokens, and each position predicts the next one.
+
+    Example:
+        >>> predicts_next(nn.Linear(2, 3))
+        False
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    decodes_beside = getattr(getattr(student, "config", None), "is_encoder_decoder", False)
+    return type(student).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not decodes_beside
 
 
 def _problem(name: str, config: Any, labels: Callable[[], Tensor | None]) -> str:
