@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -104,7 +104,7 @@ class SelfKnowledgeDistillationLossConfig(_Criterion):
         return float(self.add_origin_loss), made
 
 
-Criterion = (
+CriterionConfig = (
     KnowledgeDistillationLossConfig
     | IntermediateLayersKnowledgeDistillationLossConfig
     | SelfKnowledgeDistillationLossConfig
@@ -118,7 +118,7 @@ def euclidean(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _rows(
-    items: Sequence[Any], criterion: Criterion, default: str, known: Collection[str]
+    items: Sequence[Any], criterion: CriterionConfig, default: str, known: Collection[str]
 ) -> Iterator[tuple[Any, str, float]]:
     """What belongs together: an item, the type of its loss, and its weight."""
     kinds = criterion.loss_types or [default] * len(items)
@@ -139,3 +139,58 @@ def _tap(layer: Any, name: str) -> str:
     if callable(pick):
         return Picked(path, pick, name)
     return f"{path}#{pick}" if str(pick) else path
+
+
+@dataclass
+class Criterion:
+    """What is learned: "KnowledgeLoss" or "IntermediateLayersLoss", whose temperature does not count."""
+
+    name: str = "KnowledgeLoss"
+    temperature: float = 1.0
+    loss_types: Sequence[str] = ("CE", "CE")
+    loss_weight_ratio: Sequence[float] = (0.5, 0.5)
+    layer_mappings: Sequence[Any] | None = None
+    add_origin_loss: bool = False
+
+    def config(self) -> CriterionConfig:
+        """Neural Compressor's config of the same criterion."""
+        if self.name.upper() == "KNOWLEDGELOSS":
+            return KnowledgeDistillationLossConfig(self.temperature, self.loss_types, self.loss_weight_ratio)
+        if self.name.upper() == "INTERMEDIATELAYERSLOSS":
+            return IntermediateLayersKnowledgeDistillationLossConfig(
+                self.layer_mappings or (), self.loss_types, self.loss_weight_ratio, self.add_origin_loss
+            )
+        known = ["KnowledgeLoss", "IntermediateLayersLoss"]
+        raise ValueError(f"unknown criterion {self.name!r}; {nearest(self.name, known)}")
+
+
+@dataclass
+class Metric:
+    """By what the best student is chosen; of several, by the sum with their `weight_ratio`.
+
+    `is_relative` and `criterion` are for quantization, which is not here.
+    """
+
+    name: str
+    greater_is_better: bool = True
+    is_relative: bool = True
+    criterion: float = 0.01
+    weight_ratio: float | None = None
+
+
+def check_metrics(chosen: Sequence[Metric], found: Mapping[str, float]) -> None:
+    """Refuse metrics that an evaluation does not have, and several without weights."""
+    for metric in chosen:
+        if metric.name not in found:
+            raise ValueError(f"evaluations have no metric {metric.name!r}; {nearest(metric.name, found)}")
+        if len(chosen) > 1 and metric.weight_ratio is None:
+            raise ValueError(f"of several metrics each has a weight_ratio; {metric.name!r} has none")
+
+
+def score(chosen: Sequence[Metric], found: Mapping[str, float]) -> float:
+    """The higher the better, whatever the metrics are."""
+    parts = [
+        (1 if m.greater_is_better else -1) * (1.0 if m.weight_ratio is None else m.weight_ratio) * found[m.name]
+        for m in chosen
+    ]
+    return sum(parts)

@@ -5,7 +5,7 @@ What is not distillation (quantization, pruning, export) is not here. See docs/c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from limbeck.alongside import Alongside
 from limbeck.compat.intel_criteria import (
-    Criterion,
+    CriterionConfig,
     IntermediateLayersKnowledgeDistillationLossConfig,
     KnowledgeDistillationLossConfig,
     SelfKnowledgeDistillationLossConfig,
 )
 from limbeck.teachers import Given, Self
+from limbeck.train.best import BestWeights
 from limbeck.types import INPUTS, TEACHER_CACHE
 
 __all__ = [
@@ -49,7 +50,7 @@ class DistillationConfig:
     def __init__(
         self,
         teacher_model: Any = None,
-        criterion: Criterion | None = None,
+        criterion: CriterionConfig | None = None,
         optimizer: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.teacher_model = teacher_model
@@ -67,10 +68,16 @@ class DistillationConfig:
 
 
 class Callbacks:
-    """What a loop calls. Any of them but `on_after_compute_loss` may be left out."""
+    """What a loop calls. Any of them but `on_after_compute_loss` may be left out.
 
-    def __init__(self, model: nn.Module, conf: DistillationConfig) -> None:
+    With a `judge` of the student, the higher the better, the training ends with the student of the best epoch.
+    """
+
+    def __init__(
+        self, model: nn.Module, conf: DistillationConfig, judge: Callable[[nn.Module], float] | None = None
+    ) -> None:
         self.own_weight, self.beside = conf.alongside(model)
+        self.judge, self.best = judge, BestWeights(model)
         self.optimizer = self._optimizer(conf.optimizer)
 
     def on_after_compute_loss(
@@ -96,12 +103,15 @@ class Callbacks:
     def on_epoch_end(self) -> list[Any]:
         """After an epoch."""
         self.on_step()
+        if self.judge is not None:
+            self.best.offer(float(self.judge(self.best.module)))
         return []
 
     def on_train_end(self) -> None:
         """After the training: the student is left as it came."""
         self.on_step()
         self.beside.close()
+        self.best.restore()
 
     def _optimizer(self, spec: Mapping[str, Mapping[str, Any]]) -> torch.optim.Optimizer | None:
         (name, options), *more = spec.items()
