@@ -110,6 +110,8 @@ class LinearWhereNeeded(Projector):
             ValueError: more than one does, or the numbers of examples or of dimensions.
         """
         student, teacher = single(student, teacher, "linear_where_needed")
+        if student[0] != teacher[0]:
+            raise ValueError(_not_one(student, teacher))
         place = _differing(student, teacher)
         if place is None:
             self.affine.omit()
@@ -117,9 +119,9 @@ class LinearWhereNeeded(Projector):
             self.affine.size(student[place], teacher[place])
 
     def forward(self, features: Tensor, like: Size | None = None) -> Tensor:
-        """Map the dimension that differs from `like`, the shape of the teacher's tensor."""
-        place = None if like is None else _differing(features.shape, like)
-        if place is None:
+        """Map the dimension that differs from `like`, the shape of the teacher's tensor; without it the last."""
+        place = features.ndim - 1 if like is None else _differing(features.shape, like)
+        if place is None or self.affine.omitted:
             return features
         mapped: Tensor = self.affine(features.transpose(place, -1)).transpose(place, -1)
         return mapped
@@ -127,13 +129,17 @@ class LinearWhereNeeded(Projector):
 
 def _differing(student: Size, teacher: Size) -> int | None:
     """The one dimension behind the first in which two shapes differ; None where they agree."""
-    places = [i for i, (s, t) in enumerate(zip(student, teacher, strict=False)) if s != t]
-    if len(student) != len(teacher) or len(places) > 1 or 0 in places:
-        raise ValueError(
-            f"student {tuple(student)} and teacher {tuple(teacher)} differ in more than one dimension, or in the "
-            "number of examples; tap other places, or take another projection"
-        )
+    places = [i for i, (s, t) in enumerate(zip(student, teacher, strict=False)) if i and s != t]
+    if len(student) != len(teacher) or len(places) > 1:
+        raise ValueError(_not_one(student, teacher))
     return places[0] if places else None
+
+
+def _not_one(student: Size, teacher: Size) -> str:
+    return (
+        f"student {tuple(student)} and teacher {tuple(teacher)} differ in more than one dimension, or in the "
+        "number of examples; tap other places, or take another projection"
+    )
 
 
 @PROJECTORS.register_as("linear_relu")

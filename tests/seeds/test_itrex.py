@@ -17,21 +17,19 @@ from tests.models import bert
 
 PAGE = (Path(__file__).parent / "itrex.md").read_text()
 BLOCKS = [textwrap.dedent(code) for code in re.findall(r"^ *```python\n(.*?)^ *```$", PAGE, flags=re.M | re.S)]
-DOTS = "model=student, args=args, train_dataset=data, eval_dataset=data, compute_metrics=accuracy, data_collator=padded"
+DATA = "train_dataset=data, eval_dataset=data, data_collator=padded"
+DOTS = f"model=student, args=args, compute_metrics=accuracy, {DATA}"
 
+THEIRS = "from intel_extension_for_transformers.transformers"
 IMPORTS = {
-    "from intel_extension_for_transformers.transformers import metric, objectives, DistillationConfig, Criterion": (
+    f"{THEIRS} import metric, objectives, DistillationConfig, Criterion": (
         "from limbeck.compat.itrex import metrics, DistillationConfig, Criterion"
     ),
-    "from intel_extension_for_transformers.transformers.trainer import NLPTrainer": (
-        "from limbeck.compat.itrex import NLPTrainer"
-    ),
-    "from intel_extension_for_transformers.transformers import (DistillationConfig, metrics)": (
+    f"{THEIRS}.trainer import NLPTrainer": "from limbeck.compat.itrex import NLPTrainer",
+    f"{THEIRS} import (DistillationConfig, metrics)": (
         "from limbeck.compat.itrex import (DistillationConfig, metrics)"
     ),
-    "from intel_extension_for_transformers.transformers.distillation import Criterion": (
-        "from limbeck.compat.itrex import Criterion"
-    ),
+    f"{THEIRS}.distillation import Criterion": "from limbeck.compat.itrex import Criterion",
 }
 
 
