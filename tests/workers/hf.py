@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
@@ -45,6 +46,10 @@ def trained(folder, size, parts=1, stop=None, resume=False, **changes):
     return made
 
 
+def losses(trainer):
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
 def main():
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -56,13 +61,13 @@ def main():
     trained(folder / "resumed", 4, stop=2, **saving)
     made["resumed"] = trained(folder / "resumed", 4, resume=True, **saving)
     assert made["whole"].args.world_size == 2
-    metrics = made["whole"].evaluate()
+    found = made["whole"].predict(tokens()[2][:7])
     for name, trainer in made.items():
         if trainer.is_world_process_zero():
             save_weights(trainer.distiller, folder / f"{name}.safetensors")
-            (folder / f"{name}.txt").write_text("\n".join(str(x["loss"]) for x in trainer.state.log_history[:-1]))
+            (folder / f"{name}.txt").write_text("\n".join(map(str, losses(trainer))))
     if made["whole"].is_world_process_zero():
-        (folder / "eval.txt").write_text(str(metrics["eval_loss"]))
+        np.save(folder / "predictions.npy", found.predictions)
 
 
 if __name__ == "__main__":
