@@ -31,8 +31,12 @@ from limbeck.teachers import (
     within,
 )
 from limbeck.teachers.members import check_students
+from limbeck.teachers.turns import Turns
 from limbeck.terms import Term
 from limbeck.types import EXAMPLE_ID, IGNORE_INDEX, LABELS, STUDENT, TEACHER, TEACHER_CACHE, Batch, Output, Signal
+
+GATHERED = ("loss", "logits", "terms")
+"""What there is of an output where `torch.nn.DataParallel` puts several together."""
 
 NEW_EACH_TIME = (
     "what the teacher says is no longer remembered: the examples of the second epoch were not those of the first, "
@@ -102,6 +106,7 @@ class Distiller(nn.Module):
         self._call = ModuleInputs(student, self._label_entries)
         self._recorders = self._recorder_of_each_task()
         self._compiled_before = student._compiled_call_impl
+        self._turns, self._is_a_replica = Turns(), False
         self._checked: set[str | None] = set()
         self._gradients_checked: set[str | None] = set()
         self._check_offers()
@@ -132,11 +137,13 @@ class Distiller(nn.Module):
             An `Output` in training mode, whatever the student returns in eval mode.
         """
         if not self.training:
-            return self._call.alone(*as_call(inputs, named, STUDENT))
+            return self._call.alone(*as_call(inputs, named, STUDENT), self.student)
         batch = from_call(inputs, named)
         if self.objective.task(batch) not in self._checked:
             self.preflight(batch)
-        return self.distil(batch, counts, progress, measure)
+        output = self.distil(batch, counts, progress, measure)
+        # What data-parallel replicas return is put together, which takes tensors by name.
+        return {key: output[key] for key in GATHERED} if self._is_a_replica else output
 
     def distil(
         self,
@@ -148,7 +155,7 @@ class Distiller(nn.Module):
         """One step up to the loss, whatever the mode; `forward` in training mode."""
         teacher, own = self._teach(batch), self._call.prepared(view(batch, STUDENT))
         task = self.objective.task(batch)
-        output, seen = record(self._recorder(task), lambda **extra: self._call(own, **extra))
+        output, seen = record(self._recorder(task), lambda **extra: self._call(own, self.student, **extra))
         student = Signal(seen)
         self._check_gradients(student, task)
         self._check_tokens(batch, own, student, teacher)
@@ -199,7 +206,7 @@ class Distiller(nn.Module):
         with self._looking():
             teacher, own = self._teach(batch), self._call.prepared(view(batch, STUDENT))
             task = self.objective.task(batch)
-            _, seen = record(self._recorder(task), lambda **extra: self._call(own, **extra))
+            _, seen = record(self._recorder(task), lambda **extra: self._call(own, self.student, **extra))
             self._check_tokens(batch, own, Signal(seen), teacher)
             compared = self._labelled(own)
             plan = self.objective.plan(Signal(seen), teacher or _detached(Signal(seen)), compared)
@@ -269,6 +276,19 @@ class Distiller(nn.Module):
         self._compiled_before = self.student._compiled_call_impl
         self.student.compile(**options)
 
+    def _replicate_for_data_parallel(self) -> Distiller:
+        """Called by `torch.nn.DataParallel` in each step; replicas share hooks and all else but parameters."""
+        if not self._checked:
+            raise ValueError(
+                "a Distiller in torch.nn.DataParallel has to be checked before its first step; pass sample=batch, "
+                "or call distiller.preflight(batch)"
+            )
+        for recorder in self._recorders.values():
+            recorder.pin()
+        replica: Distiller = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._is_a_replica = True
+        return replica
+
     def export(self) -> nn.Module:
         """Give back the student: the object that went in, without hooks, teacher, projections or compilation."""
         for recorder in self._recorders.values():
@@ -283,7 +303,7 @@ class Distiller(nn.Module):
             return Signal({})
         if isinstance(self.teacher, Self):
             return None
-        with self.teacher_watch:
+        with self._turns, self.teacher_watch:
             if TEACHER_CACHE in batch:
                 return Given(self.teacher_read).signal(batch, wants)
             return self.teacher.signal(self._shown(batch), wants)
