@@ -78,7 +78,7 @@ class ModuleInputs:
         return {k: v for k, v in batch.items() if k not in reserved and (takes_all or k in self.named)}
 
     def __call__(self, batch: Batch, run: Callable[..., Any] | None = None, **extra: Any) -> Any:
-        """Call the model, or what it was compiled to; of `extra`, it gets what its forward can take."""
+        """Call the model, what it was compiled to or a replica; of `extra`, it gets what its forward can take."""
         batch = self.prepared(batch)
         inputs, given = self.select(batch), positional(batch)
         if not inputs and not given:
@@ -95,10 +95,10 @@ class ModuleInputs:
         extra = {key: value for key, value in extra.items() if self.is_open or key in self.named}
         return (self.model if run is None else run)(*given, **inputs, **extra)
 
-    def alone(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    def alone(self, inputs: Sequence[Any], named: Mapping[str, Any], run: Callable[..., Any] | None = None) -> Any:
         """Call the model as its user would, with labels if it takes them, and without what it cannot take."""
         if LABELS not in named and len(inputs) > max(1, self.places):
             inputs = inputs[:-1]
         unknown = {EXAMPLE_ID, LABELS, TASK} - self.named
         known = {k: v for k, v in named.items() if k in self.named or (self.is_open and k not in unknown)}
-        return self.model(*inputs, **known)
+        return (self.model if run is None else run)(*inputs, **known)

@@ -135,8 +135,9 @@ class _Distilling(Base):  # type: ignore[misc]
         distiller.to(self.args.device)
         if self._ready:
             return
+        loader = self.get_train_dataloader() if loader is None else loader
         with _undisturbed():
-            found = samples(loader or self.get_train_dataloader(), distiller.objective.tasks)
+            found = samples(loader, distiller.objective.tasks)
             batches = [self._prepare_inputs(batch) for batch in found]
             seed_everything(self.args.seed)  # projections begin as in `limbeck.fit`
             for batch in batches:
