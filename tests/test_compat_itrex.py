@@ -229,6 +229,58 @@ def test_matchers_learn(tmp_path):
     assert losses[-1] < losses[0]
 
 
+# ---- block by block ----
+
+
+def test_block_by_block(tmp_path):
+    """In each stage only what its block's name is in, and by its own layers."""
+    student, teacher, data = bert(2, 8, seed=1), bert(2, 8, seed=2), examples()
+    other = copy.deepcopy(student)
+    blocks, steps = ["encoder.layer.0.", "encoder.layer.1.", "classifier"], [1, 2, 1]
+    mappings = [[["bert.encoder.layer.0"]], [["bert.encoder.layer.1"]], [["classifier"]]]
+    config = itrex.FlashDistillationConfig(
+        blocks, mappings, [["MSE"], ["L1"], ["MSE"]], add_origin_loss=[False, False, True], train_steps=steps
+    )
+    trainer = trainer_of(tmp_path, student, data)
+    trainer.distill(config, copy.deepcopy(teacher))
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    optimizer, found = torch.optim.SGD(other.parameters(), lr=0.05), []
+    stages = [stage for stage, count in enumerate(steps) for _ in range(count)]
+    for step, stage in enumerate(stages):
+        for name, parameter in other.named_parameters():
+            parameter.requires_grad_(blocks[stage] in name)
+        batch = padded(data[8 * (step % 3) : 8 * (step % 3) + 8])
+        own = {key: value for key, value in batch.items() if key != "labels"}
+        out = other(**batch, output_hidden_states=True)
+        with torch.no_grad():
+            said = teacher.eval()(**own, output_hidden_states=True)
+        known = batch["attention_mask"].bool()
+        mine, theirs = (side.hidden_states[1:] for side in (out, said))
+        loss = [
+            F.mse_loss(mine[0][known], theirs[0][known]),
+            F.l1_loss(mine[1][known], theirs[1][known]),
+            F.mse_loss(out.logits, said.logits) + out.loss,
+        ][stage]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    assert losses == pytest.approx(found, abs=2e-6)
+    assert_same(student, other)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_block_by_block_has_defaults_and_refuses_other_lengths():
+    mappings = [[["a"], ["b"]], [["c"]]]
+    stages = itrex.FlashDistillationConfig(["x", "y"], mappings).criteria()
+    assert [(block, steps) for block, _, steps in stages] == [("x", 500), ("y", 500)]
+    _, terms = stages[0][1].terms()
+    assert [(t.loss_name, t.weight) for t in terms] == [("mse", 0.5), ("mse", 0.5)]
+    with pytest.raises(ValueError, match="block_names has 1 entries for 2 stages"):
+        itrex.FlashDistillationConfig(["x"], mappings).criteria()
+
+
 # ---- the best student ----
 
 

@@ -1,8 +1,8 @@
-"""The criteria that Neural Compressor and Intel Extension for Transformers share, and the terms they stand for."""
+"""Neural Compressor's criteria, which Intel Extension for Transformers stands on, and the terms they mean."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -67,15 +67,15 @@ class IntermediateLayersKnowledgeDistillationLossConfig(_Criterion):
     loss_weights: Sequence[float] = ()
     add_origin_loss: bool = False
 
-    def terms(self) -> tuple[float, list[Term]]:
-        """The own loss's weight, and a term for each pair of layers."""
+    def terms(self, name: str = "layers") -> tuple[float, list[Term]]:
+        """The own loss's weight, and a term for each pair of layers, under a name and its number."""
         made = []
         for i, (item, kind, weight) in enumerate(_rows(self.layer_mappings, self, "MSE", FEATURES)):
             if isinstance(item, str) or not 1 <= len(item) <= 2:
                 raise ValueError(f"layer_mappings[{i}] is [layer] or [student's, teacher's], got {item!r}")
             student, teacher = _tap(item[0], f"{i}.student"), _tap(item[-1], f"{i}.teacher")
             how = {"project": "linear_where_needed", **FEATURES[kind]}
-            made.append(Term(student, teacher, weight=weight, name=f"layers.{i}", **how))
+            made.append(Term(student, teacher, weight=weight, name=f"{name}.{i}", **how))
         return float(self.add_origin_loss), made
 
 
@@ -139,58 +139,3 @@ def _tap(layer: Any, name: str) -> str:
     if callable(pick):
         return Picked(path, pick, name)
     return f"{path}#{pick}" if str(pick) else path
-
-
-@dataclass
-class Criterion:
-    """What is learned: "KnowledgeLoss" or "IntermediateLayersLoss", whose temperature does not count."""
-
-    name: str = "KnowledgeLoss"
-    temperature: float = 1.0
-    loss_types: Sequence[str] = ("CE", "CE")
-    loss_weight_ratio: Sequence[float] = (0.5, 0.5)
-    layer_mappings: Sequence[Any] | None = None
-    add_origin_loss: bool = False
-
-    def config(self) -> CriterionConfig:
-        """Neural Compressor's config of the same criterion."""
-        if self.name.upper() == "KNOWLEDGELOSS":
-            return KnowledgeDistillationLossConfig(self.temperature, self.loss_types, self.loss_weight_ratio)
-        if self.name.upper() == "INTERMEDIATELAYERSLOSS":
-            return IntermediateLayersKnowledgeDistillationLossConfig(
-                self.layer_mappings or (), self.loss_types, self.loss_weight_ratio, self.add_origin_loss
-            )
-        known = ["KnowledgeLoss", "IntermediateLayersLoss"]
-        raise ValueError(f"unknown criterion {self.name!r}; {nearest(self.name, known)}")
-
-
-@dataclass
-class Metric:
-    """By what the best student is chosen; of several, by the sum with their `weight_ratio`.
-
-    `is_relative` and `criterion` are for quantization, which is not here.
-    """
-
-    name: str
-    greater_is_better: bool = True
-    is_relative: bool = True
-    criterion: float = 0.01
-    weight_ratio: float | None = None
-
-
-def check_metrics(chosen: Sequence[Metric], found: Mapping[str, float]) -> None:
-    """Refuse metrics that an evaluation does not have, and several without weights."""
-    for metric in chosen:
-        if metric.name not in found:
-            raise ValueError(f"evaluations have no metric {metric.name!r}; {nearest(metric.name, found)}")
-        if len(chosen) > 1 and metric.weight_ratio is None:
-            raise ValueError(f"of several metrics each has a weight_ratio; {metric.name!r} has none")
-
-
-def score(chosen: Sequence[Metric], found: Mapping[str, float]) -> float:
-    """The higher the better, whatever the metrics are."""
-    parts = [
-        (1 if m.greater_is_better else -1) * (1.0 if m.weight_ratio is None else m.weight_ratio) * found[m.name]
-        for m in chosen
-    ]
-    return sum(parts)

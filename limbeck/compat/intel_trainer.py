@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from limbeck.compat import neural_compressor as inc
-from limbeck.compat.intel_criteria import (
-    Criterion,
-    KnowledgeDistillationLossConfig,
+from limbeck.compat.intel_configs import (
+    DistillationConfig,
+    FlashDistillationConfig,
     Metric,
     check_metrics,
     score,
 )
-from limbeck.registry import nearest
+from limbeck.compat.intel_criteria import KnowledgeDistillationLossConfig
+from limbeck.stages import Stage
 from limbeck.teachers import Given
 from limbeck.terms import Term
 from limbeck.train.hf import DistillationTrainer, Seq2SeqDistillationTrainer
@@ -35,19 +36,6 @@ else:
 
 TEACHER_LOGITS = "teacher_logits"
 """The column of a data set with what the teacher said; it is then not run."""
-
-
-@dataclass
-class DistillationConfig:
-    """The criterion, and the metric or metrics by which the best student is chosen; without any it is the last."""
-
-    framework: str = "pytorch"
-    criterion: Criterion = field(default_factory=Criterion)
-    metrics: Metric | Sequence[Metric] | None = None
-
-    def __post_init__(self) -> None:
-        if self.framework not in ("pytorch", "pytorch_fx"):
-            raise ValueError(f"framework {self.framework!r} is not here; {nearest(self.framework, ['pytorch'])}")
 
 
 class _Distilling(Base):  # type: ignore[misc]
@@ -68,7 +56,7 @@ class _Distilling(Base):  # type: ignore[misc]
 
     def distill(
         self,
-        distillation_config: DistillationConfig | inc.DistillationConfig,
+        distillation_config: DistillationConfig | inc.DistillationConfig | FlashDistillationConfig,
         teacher_model: Any = None,
         provider: str = "inc",
         eval_func: Callable[[nn.Module], float] | None = None,
@@ -77,7 +65,8 @@ class _Distilling(Base):  # type: ignore[misc]
         """Train the student, and give back the best: the module that ``trainer.model`` is.
 
         Args:
-            distillation_config: This door's, or Neural Compressor's, which holds the teacher too.
+            distillation_config: This door's, Neural Compressor's, which holds the teacher too, or a
+                `FlashDistillationConfig`.
             teacher_model: Whatever a `limbeck.Distiller` takes; not run where the data have `teacher_logits`.
             provider: Not needed.
             eval_func: Scores the student at each epoch's end, the higher the better, in place of the metrics.
@@ -107,15 +96,19 @@ class _Distilling(Base):  # type: ignore[misc]
 
     def _trainer(self, criterion: Any, teacher: Any, evaluates: bool) -> Any:
         """Our trainer of the same student, data and arguments."""
-        args, data, options = copy.copy(self.args), self.train_dataset, {}
+        args, data = copy.copy(self.args), self.train_dataset
+        options: dict[str, Any] = {}
         if evaluates and self.eval_dataset is None:
             raise ValueError("the best student is chosen by a metric, and there is no eval_dataset; pass one")
         if evaluates and args.eval_strategy == "no":
             args.eval_strategy = transformers.IntervalStrategy.EPOCH
-        terms = _terms(self.model, criterion, args.label_smoothing_factor, data)
+        if isinstance(criterion, FlashDistillationConfig):
+            terms, options["stages"], args.max_steps = _flash(self.model, criterion, args, data)
+        else:
+            terms = _terms(self.model, criterion, args.label_smoothing_factor, data)
         if isinstance(criterion, KnowledgeDistillationLossConfig) and TEACHER_LOGITS in data[0]:
             data, teacher = _Cached(data), Given()
-            options = {"teacher_read": _spans} if terms[0].tap == START else {}
+            options |= {"teacher_read": _spans} if terms[0].tap == START else {}
         inner = self.kind(
             self.model,
             args,
@@ -157,12 +150,13 @@ def trained_by(train: Callable[[nn.Module], Any], student: nn.Module, callbacks:
 
 
 def parts(config: Any, teacher: Any, metrics: Any) -> tuple[Any, Any, list[Metric]]:
-    """The criterion, the teacher and the metrics of either kind of config."""
+    """The criterion, the teacher and the metrics of any kind of config."""
+    criterion: Any = config
     if isinstance(config, inc.DistillationConfig):
         criterion, teacher = config.criterion, config.teacher_model if teacher is None else teacher
     elif isinstance(config, DistillationConfig):
         criterion, metrics = config.criterion.config(), metrics if config.metrics is None else config.metrics
-    else:
+    elif not isinstance(config, FlashDistillationConfig):
         raise TypeError(f"distillation_config is a DistillationConfig, got {config!r}")
     return criterion, teacher, [metrics] if isinstance(metrics, Metric) else list(metrics or ())
 
@@ -174,14 +168,36 @@ def _terms(student: nn.Module, criterion: Any, smoothing: float, data: Any) -> l
     own, terms = criterion.terms((START, END)) if knows and spans else criterion.terms()
     if not own:
         return list(terms)
+    return [*terms, *_own(student, own, smoothing, data)]
+
+
+def _own(student: nn.Module, weight: float, smoothing: float, data: Any, name: str = "") -> list[Term]:
+    """The student's own loss, as terms of its labels."""
     labels = [t for t in default_terms(student, smoothing, lambda: _labels(data)) if t.reads_labels]
-    return [*terms, *(_weighted(term, own / SHARE_OF_LABELS) for term in labels)]
+    return [_weighted(term, weight / SHARE_OF_LABELS, name + term.name) for term in labels]
 
 
-def _weighted(term: Term, factor: float) -> Term:
+def _flash(
+    student: nn.Module, config: FlashDistillationConfig, args: Any, data: Any
+) -> tuple[list[Term], list[Stage], int]:
+    """The terms of all stages, the stages, and the number of updates together."""
+    terms, stages, done = [], [], 0
+    criteria = config.criteria()
+    total = sum(steps for _, _, steps in criteria)
+    for i, (block, criterion, steps) in enumerate(criteria):
+        own, found = criterion.terms(f"flash.{i}")
+        if own:
+            found += _own(student, own, args.label_smoothing_factor, data, f"flash.{i}.")
+        done += steps
+        stages.append(Stage(done / total, [t.name for t in found], [f"*{block}*"] if block else None))
+        terms += found
+    return terms, stages, total
+
+
+def _weighted(term: Term, factor: float, name: str) -> Term:
     weight = term.weight_at(None) * factor
     options = dict(term.comparison.options)
-    return Term(term.taps, term.teacher_taps, loss=term.loss_name, weight=weight, name=term.name, **options)
+    return Term(term.taps, term.teacher_taps, loss=term.loss_name, weight=weight, name=name, **options)
 
 
 def _labels(data: Any) -> Tensor | None:

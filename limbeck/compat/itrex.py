@@ -14,9 +14,8 @@ import transformers
 from torch import nn
 
 from limbeck.compat import neural_compressor as inc
-from limbeck.compat.intel_criteria import Criterion, Metric
+from limbeck.compat.intel_configs import Criterion, DistillationConfig, FlashDistillationConfig, Metric
 from limbeck.compat.intel_trainer import (
-    DistillationConfig,
     NLPSeq2SeqTrainer,
     NLPTrainer,
     parts,
@@ -26,6 +25,7 @@ from limbeck.compat.intel_trainer import (
 __all__ = [
     "Criterion",
     "DistillationConfig",
+    "FlashDistillationConfig",
     "NLPSeq2SeqTrainer",
     "NLPTrainer",
     "NoTrainerOptimizer",
