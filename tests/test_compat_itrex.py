@@ -1,16 +1,22 @@
 """Intel's two doors, Extension for Transformers and Neural Compressor: numbers written out, and corrections."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import IterableDataset
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
+import limbeck
 from limbeck.compat import itrex
 from limbeck.compat import neural_compressor as inc
-from tests.hf_cases import arguments, padded, spans, texts, tokens
+from limbeck.train.hf import DistillationTrainer
+from tests.hf_cases import arguments, language, padded, sequences, spans, texts, tokens
 from tests.models import bert, pad, text_batch
 
 LAYER = "bert.encoder.layer.0"
@@ -339,6 +345,28 @@ def test_a_function_scores_in_place_of_metrics(tmp_path):
     assert all(torch.equal(t, seen[1][n]) for n, t in student.state_dict().items())
 
 
+def test_a_metric_of_one_of_several_data_sets(tmp_path):
+    (student, teacher), data = pair(), examples(8)
+    sets = {"near": data, "far": data}
+    trainer = trainer_of(tmp_path, student, data, eval_dataset=sets, args={"max_steps": -1, "num_train_epochs": 2})
+    metric = itrex.metrics.Metric("eval_far_loss", greater_is_better=False)
+    trainer.distill(itrex.DistillationConfig(metrics=metric), teacher)
+    far = [line["eval_far_loss"] for line in trainer.state.log_history if "eval_far_loss" in line]
+    assert trainer.evaluate()["eval_far_loss"] == pytest.approx(min(far[1:]))
+
+
+def test_a_training_goes_on_from_a_checkpoint(tmp_path):
+    data, criterion = examples(), layers([[LAYER, "bert.encoder.layer.1"]], add_origin_loss=True)
+    found = []
+    for resumed in (None, str(tmp_path / "checkpoint-2")):
+        student, teacher = pair()
+        trainer = trainer_of(tmp_path, student, data, args={"save_strategy": "steps", "save_steps": 2})
+        trainer.resuming_checkpoint = resumed
+        trainer.distill(itrex.DistillationConfig(criterion=criterion), teacher)
+        found.append(student.state_dict())
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
 # ---- what is left ----
 
 
@@ -404,6 +432,38 @@ def test_own_training_in_the_trainer_and_without_one(tmp_path):
     assert_same(type(student).from_pretrained(tmp_path / "plain"), student)
 
 
+def test_the_teacher_gets_columns_that_the_student_does_not_take(tmp_path):
+    settings = {"vocab_size": 40, "dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 16, "num_labels": 3}
+    student = DistilBertForSequenceClassification(DistilBertConfig(**settings))
+    teacher, data = bert(2, 16, seed=2), [{**e, "token_type_ids": [1] * len(e["input_ids"])} for e in examples(8)]
+    given = []
+    teacher.register_forward_pre_hook(lambda *call: given.append(call[2].keys()), with_kwargs=True)
+    trainer = trainer_of(tmp_path, student, Dataset.from_list(data), args={"max_steps": 1})
+    trainer.distill(itrex.DistillationConfig(), teacher)
+    assert given
+    assert all("token_type_ids" in keys for keys in given)
+
+
+@pytest.mark.parametrize("task", [language, sequences])
+def test_language_models(tmp_path, task):
+    """The next token, and encoder-decoder models, whose trainer is another."""
+    student, teacher, data, _ = task()
+    other = copy.deepcopy(student)
+    options = (
+        {"args": {"predict_with_generate": False}, "kind": itrex.NLPSeq2SeqTrainer} if task is sequences else {}
+    )
+    criterion = itrex.Criterion(loss_types=["CE", "KL"], temperature=2.0)
+    _, losses = distilled(tmp_path, student, copy.deepcopy(teacher), data, criterion, **options)
+
+    def loss_of(out, said, batch):
+        labels, mine, theirs = batch["labels"], out.logits, said.logits
+        if task is language:
+            labels, mine, theirs = labels[:, 1:], mine[:, :-1], theirs[:, :-1]
+        return 0.5 * out.loss + 0.5 * soft(mine, theirs, "KL", 2.0)[labels != -100].mean()
+
+    assert losses == pytest.approx(by_hand(other, teacher, data, loss_of), abs=2e-6)
+
+
 def test_neural_compressors_config_in_the_trainer(tmp_path):
     """As in their nightly test: the config holds the teacher, the trainer the metric."""
     (student, teacher), data = pair(), examples()
@@ -445,6 +505,14 @@ def test_wrong_input_is_refused_in_one_line(make, message):
     assert "\n" not in str(caught.value)
 
 
+class Stream(IterableDataset):
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return iter(self.data)
+
+
 def test_wrong_metrics_and_configs(tmp_path):
     (student, teacher), data = pair(), examples()
     wrong = itrex.DistillationConfig(metrics=itrex.metrics.Metric("eval_acuracy"))
@@ -457,6 +525,11 @@ def test_wrong_metrics_and_configs(tmp_path):
         trainer_of(tmp_path, student, data).distill(two, teacher)
     with pytest.raises(ValueError, match="there is no eval_dataset"):
         trainer_of(tmp_path, student, data, eval_dataset=None).distill(wrong, teacher)
+    stream = Stream([{**example, "teacher_logits": [0.0] * 3} for example in data])
+    with pytest.raises(ValueError, match="teacher_logits are read from data with a length"):
+        trainer_of(tmp_path, student, stream, eval_dataset=data).distill(itrex.DistillationConfig(), teacher)
+    with pytest.raises(ValueError, match="there is no train_dataset"):
+        trainer_of(tmp_path, student, None, eval_dataset=data).distill(itrex.DistillationConfig(), teacher)
     with pytest.raises(TypeError, match="distillation_config is a DistillationConfig, got 'KD'"):
         trainer_of(tmp_path, student, data).distill("KD", teacher)
     with pytest.raises(TypeError, match="by one DistillationConfig"):
@@ -608,3 +681,27 @@ def test_saving_writes_a_state_dict_that_loads(tmp_path):
     fresh = bert(1, 8, seed=5)
     fresh.load_state_dict(torch.load(Path(tmp_path) / "saved" / "best_model.pt", weights_only=True))
     assert_same(fresh, student)
+
+
+# ---- what the document shows ----
+
+
+def test_blocks_of_the_document_run(tmp_path, monkeypatch):
+    """Those after the imports; what they leave open is filled in."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "coming-from.md").read_text()
+    section = page.partition("## Intel Extension")[2].partition("\n## ")[0]
+    _, *shown = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    data = examples(16)
+    names = {"args": arguments(tmp_path, max_steps=2), "data": data, "collate": padded, "limbeck": limbeck}
+    names |= {"DistillationTrainer": DistillationTrainer, "batches": [padded(data[:8]), padded(data[8:])]}
+    names |= {"accuracy": lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}}
+    of_door = [{name: getattr(door, name) for name in door.__all__} for door in (itrex, inc)]
+    for block in shown:
+        names["student"], names["teacher"] = pair()
+        before = copy.deepcopy(names["student"].state_dict())
+        exec(block, {**names, **of_door["prepare_compression" in block], "torch": torch})
+        moved = any(not torch.equal(t, before[n]) for n, t in names["student"].state_dict().items())
+        assert moved != ("terms = [" in block)  # the last one is not run to its end
+    assert len(shown) == 3
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"best_model.pt"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,8 +42,8 @@ class Criterion:
 class FlashDistillationConfig:
     """Block after block: for each stage the names of what trains, pairs of layers, and a number of updates.
 
-    A stage trains all parameters whose name its block's name is in; `""` is in all. By default its types are MSE, its
-    weights are equal, 1 together, and it has 500 updates. All lists have an entry for each stage.
+    A stage trains all parameters whose name its block's name is in; ``""`` is in all. By default its types are
+    MSE, its weights are equal, 1 together, and it has 500 updates. All lists have an entry for each stage.
     """
 
     block_names: Sequence[str] = ()
@@ -110,7 +111,9 @@ def check_metrics(chosen: Sequence[Metric], found: Mapping[str, float]) -> None:
 
 
 def score(chosen: Sequence[Metric], found: Mapping[str, float]) -> float:
-    """The higher the better, whatever the metrics are."""
+    """The higher the better, whatever the metrics are; no number for an evaluation of other data."""
+    if any(metric.name not in found for metric in chosen):
+        return math.nan
     parts = [
         (1 if m.greater_is_better else -1) * (1.0 if m.weight_ratio is None else m.weight_ratio) * found[m.name]
         for m in chosen

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from limbeck.compat import neural_compressor as inc
 from limbeck.compat.intel_configs import (
@@ -98,6 +98,8 @@ class _Distilling(Base):  # type: ignore[misc]
         """Our trainer of the same student, data and arguments."""
         args, data = copy.copy(self.args), self.train_dataset
         options: dict[str, Any] = {}
+        if data is None:
+            raise ValueError("there is no train_dataset; pass one, or train_func=")
         if evaluates and self.eval_dataset is None:
             raise ValueError("the best student is chosen by a metric, and there is no eval_dataset; pass one")
         if evaluates and args.eval_strategy == "no":
@@ -106,7 +108,9 @@ class _Distilling(Base):  # type: ignore[misc]
             terms, options["stages"], args.max_steps = _flash(self.model, criterion, args, data)
         else:
             terms = _terms(self.model, criterion, args.label_smoothing_factor, data)
-        if isinstance(criterion, KnowledgeDistillationLossConfig) and TEACHER_LOGITS in data[0]:
+        if isinstance(criterion, KnowledgeDistillationLossConfig) and TEACHER_LOGITS in next(iter(data)):
+            if isinstance(data, IterableDataset):
+                raise ValueError(f"{TEACHER_LOGITS} are read from data with a length, not from a stream; load it")
             data, teacher = _Cached(data), Given()
             options |= {"teacher_read": _spans} if terms[0].tap == START else {}
         inner = self.kind(
@@ -201,7 +205,8 @@ def _weighted(term: Term, factor: float, name: str) -> Term:
 
 
 def _labels(data: Any) -> Tensor | None:
-    found = next((data[0][key] for key in ("labels", "label", "label_ids") if key in data[0]), None)
+    first = next(iter(data))
+    found = next((first[key] for key in ("labels", "label", "label_ids") if key in first), None)
     return None if found is None else torch.as_tensor(found)
 
 
