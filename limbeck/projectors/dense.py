@@ -90,9 +90,9 @@ class LinearWhereNeeded(Projector):
 
     Example:
         >>> import torch
-        >>> projection = LinearWhereNeeded()
-        >>> projection.size(torch.Size([2, 3, 8, 8]), torch.Size([2, 5, 8, 8]))
-        >>> projection(torch.zeros(2, 3, 8, 8)).shape
+        >>> projection, like = LinearWhereNeeded(), torch.Size([2, 5, 8, 8])
+        >>> projection.size(torch.Size([2, 3, 8, 8]), like)
+        >>> projection(torch.zeros(2, 3, 8, 8), like).shape
         torch.Size([2, 5, 8, 8])
 
     Reference:
