@@ -3,18 +3,22 @@
 import copy
 import json
 import logging
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from limbeck.compat.pymarlin import (
     CustomArgParser,
+    DataProcessor,
     DDPTrainerBackend,
     DefaultCheckpointerArguments,
     DistillationArguments,
@@ -39,8 +43,10 @@ from limbeck.compat.pymarlin.utils.distributed import DistributedTrainingArgumen
 from limbeck.compat.pymarlin.utils.writer import Writer, build_writer
 from tests import tiny
 from tests.models import bert, text_batch
-from tests.workers.squares import Squares
+from tests.test_exactness import largest_difference, run
+from tests.workers.pymarlin import trained
 
+WORKER = Path(__file__).parent / "workers" / "pymarlin.py"
 LOGITS = (
     torch.randn(5, 4, generator=torch.Generator().manual_seed(1)),
     torch.randn(5, 4, generator=torch.Generator().manual_seed(2)),
@@ -206,6 +212,7 @@ def test_default_layers_are_three():
     [
         ({"loss_types": ["logit"]}, ValueError, "did you mean 'logits'"),
         ({"loss_weights": [1, 2]}, ValueError, "1 loss_types and 2 loss_weights"),
+        ({"temperature": 0}, ValueError, "temperature must be positive, got 0"),
         ({"temprature": 2}, TypeError, "did you mean 'temperature'"),
     ],
 )
@@ -396,6 +403,20 @@ def test_terms_are_logged(tmp_path):
     assert [step for step, _ in Kept.lines["default/val_loss"]] == [3, 6]
 
 
+def test_numbers_are_learned_as_numbers(tmp_path):
+    """Correction: over one logit PyMarlin's divergence is 0, whatever the teacher says."""
+    data = Texts(labels=1)
+    for example in data.examples:
+        example["labels"] = example["labels"].float() + 0.5
+    made = recipe(
+        teacher=bert(layers=4, labels=1), data=data, loss_types=["logits", "labels"], loss_weights=[1.0, 0.5]
+    )
+    batch = next(iter(DataLoader(data.examples, 4)))
+    ours, theirs = made.model(**batch), made.teacher(**batch)
+    expected = (ours.logits - theirs.logits).square().mean() + 0.5 * ours.loss
+    torch.testing.assert_close(made.train_step(1, batch, "cpu"), expected)
+
+
 def test_build_distill_module_can_be_made():
     """Correction: PyMarlin's class read its arguments before it had them."""
 
@@ -522,6 +543,23 @@ def test_updates_are_those_of_a_naive_loop(tmp_path, optimizers, clip):
         torch.testing.assert_close(module.state_dict()[name], value)
 
 
+def test_a_step_is_given_the_loaders_own_batch(tmp_path):
+    """It moves it itself, by whatever methods the batch has."""
+
+    class Batches(Line):
+        def get_train_dataloader(self, sampler, batch_size):
+            inputs = torch.stack([x for x, _ in self.data])
+            return [transformers.BatchEncoding({"x": inputs, "y": 2 * inputs})]
+
+        def train_step(self, global_step, batch, device):
+            batch = batch.to(device)
+            return super().train_step(global_step, (batch.x, batch.y), device)
+
+    module = Batches()
+    Trainer(module, trainer_args(tmp_path)).train()
+    assert told(module, "step") == [("step", 1, 1, 10), ("step", 2, 1, 10)]
+
+
 def test_epochs_end_early_where_told(tmp_path):
     module = Line()
     args = trainer_args(tmp_path, train_batch_size=2, max_train_steps_per_epoch=2, max_val_steps_per_epoch=1)
@@ -602,6 +640,18 @@ def test_a_named_checkpoint_begins_a_training_of_its_own(tmp_path):
     wrong = {"load_dir": chosen["load_dir"], "delete_existing_checkpoints": True}
     with pytest.raises(ValueError, match="would delete what load_dir"):
         Trainer(Line(), trainer_args(tmp_path, checkpoints=wrong))
+
+
+def test_training_twice_trains_once(tmp_path):
+    module = Line()
+    trainer = Trainer(module, trainer_args(tmp_path))
+    trainer.train()
+    trainer.train()
+    assert len(told(module, "step")) == 6
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["model"]
+    load = {"load_dir": str(tmp_path / "checkpoints"), "checkpoint": False}
+    with pytest.raises(ValueError, match="leaves no place to go on from"):
+        Trainer(module, trainer_args(tmp_path, checkpoints=load)).train()
 
 
 def test_optimizers_may_begin_anew(tmp_path):
@@ -734,10 +784,23 @@ def test_outputs_are_put_behind_one_another():
     assert collected.all_outputs[2] == ["text", "text"]
 
 
+class Squares(DataProcessor):
+    def process(self, number, power):
+        return [number**power]
+
+
 def test_data_is_prepared_in_several_processes():
     assert Squares().multi_process_data([1, 2, 3], 2, process_count=2) == [1, 4, 9]
     with pytest.raises(ValueError, match="lists of one length"):
         Squares().multi_process_data([1, 2, 3], [1, 2])
+
+
+def test_two_ranks_train_as_one(tmp_path):
+    """The same weights, projection included, and a validation that sees every example once."""
+    run(tmp_path / "2.safetensors", tmp_path / "two", ranks=2, worker=WORKER)
+    alone = trained(tmp_path / "one", ranks=1).state_dict()
+    assert any(name.startswith("objective.") for name in alone)
+    assert largest_difference(alone, load_file(tmp_path / "2.safetensors")) < 1e-5
 
 
 # The config.
@@ -882,6 +945,25 @@ def test_a_config_given_is_the_config(tmp_path):
     plugin = HfSeqClassificationPlugin(wrong)
     with pytest.raises(ValueError, match="label 'good' is not in labels_list; did you mean 'god'"):
         plugin.setup()
+
+
+def test_the_document_runs(tmp_path, monkeypatch):
+    """Its recipe as it stands, then its file and the plugin's three lines, in a folder with the data it names."""
+    page = (Path(__file__).parent.parent / "docs" / "coming-from.md").read_text()
+    section = page[page.index("## PyMarlin\n") : page.index("## AutoGluon AutoMM")]
+    recipe_block, plugin_block = re.findall(r"```python(?: continued)?\n(.*?)```", section, flags=re.DOTALL)
+    exec(compile(recipe_block, "coming-from.md", "exec"), {})
+    monkeypatch.chdir(tmp_path)
+    (file,) = re.findall(r"```yaml\n(.*?)```", section, flags=re.DOTALL)
+    Path("config.yaml").write_text(file)
+    tiny.save_classifier(tmp_path / "teacher", ["bad", "good"])
+    for name in ("train.tsv", "dev.tsv"):
+        tiny.table(16).to_csv(name, sep="\t", index=False, header=False)
+    monkeypatch.setattr("sys.argv", ["train.py", "--config_path", "config.yaml", "--distill.temperature", "2"])
+    names = {}
+    exec(compile(plugin_block, "coming-from.md", "exec"), names)
+    assert names["plugin"].distill_args.temperature == 2
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "student").num_hidden_layers == 2
 
 
 def test_words_are_labelled(tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import SequentialSampler
 
 from limbeck.compat.pymarlin.core.module_interface import ModuleInterface
@@ -52,7 +52,7 @@ class DistillationArguments:
         student_model_file: Accepted, and of no effect.
 
     Raises:
-        ValueError: an unknown loss, or not one weight for each.
+        ValueError: an unknown loss, not one weight for each, or a temperature that is not positive.
 
     Example:
         >>> DistillationArguments(student_layers="[0-2]", loss_types=["logits", "labels"], loss_weights="1-0.5")
@@ -78,6 +78,8 @@ class DistillationArguments:
         for kind in self.loss_types:
             if kind not in LOSS_TYPES:
                 raise ValueError(f"unknown loss type {kind!r}; {nearest(kind, LOSS_TYPES)}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature!r}")
         if len(self.loss_types) != len(self.loss_weights) or not self.loss_types:
             raise ValueError(
                 f"there are {len(self.loss_types)} loss_types and {len(self.loss_weights)} loss_weights; give one "
@@ -92,15 +94,14 @@ class DistillationArguments:
         """
         pairs = self._pairs(count_layers(student), count_layers(teacher))
         wider = student.config.hidden_size != teacher.config.hidden_size
-        label_loss = "label_mse" if student.config.num_labels == 1 else "cross_entropy"
-        temperature = float(self.temperature)
-        scale = 1.0 if self.scale_loss_by_temp else temperature**2
+        numbers = student.config.num_labels == 1
         found: list[Term] = []
         for kind, weight in zip(self.loss_types, self.loss_weights, strict=True):
             if kind == "logits":
-                found += [Term(kind, loss="forward_kl", temperature=temperature, weight=weight / scale, name=kind)]
+                found += [self._of_logits(weight, numbers)]
             elif kind == "labels":
-                found += [Term(kind, loss=label_loss, weight=weight, name=kind)]
+                loss = "label_mse" if numbers else "cross_entropy"
+                found += [Term(kind, loss=loss, weight=weight, name=kind)]
             else:  # the embeddings stand before the hidden states of layer 0
                 shift = 1 if kind == "hidden_states" else 0
                 own = [(i + shift, j + shift) for i, j in pairs]
@@ -108,6 +109,14 @@ class DistillationArguments:
                 tap = f"{kind}.{{}}"
                 found += spread(tap, tap, own, name=kind, weight=weight, loss=layer_distance, project=project)
         return found
+
+    def _of_logits(self, weight: float, numbers: bool) -> Term:
+        if numbers:  # a distribution over one class is always the same
+            return Term("logits", loss="mse", weight=weight, name="logits")
+        scale = 1.0 if self.scale_loss_by_temp else self.temperature**2
+        return Term(
+            "logits", loss="forward_kl", temperature=float(self.temperature), weight=weight / scale, name="logits"
+        )
 
     def _pairs(self, student: int, teacher: int) -> list[tuple[int, int]]:
         if not self.student_layers:
@@ -179,9 +188,6 @@ class Distilling(ModuleInterface):
     def must_train(self) -> Iterable[nn.Parameter]:
         """The projections."""
         return [] if self.distiller is None else self.distiller.objective.parameters()
-
-    def _inputs_to_device(self, batch: Any, device: Any) -> dict[str, Tensor]:
-        return {k: v.to(device) for k, v in batch.items() if v is not None}
 
     def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
         """The weighted sum of all terms."""

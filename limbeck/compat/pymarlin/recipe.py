@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
@@ -159,9 +159,6 @@ class Recipe(ModuleInterface):
         rise = Settings(warmup=min(self.args.warmup_prop, 0.999))
         scheduler = LambdaLR(optimizer, lambda step: rise.rate(min(step, steps - 1), steps))
         return [optimizer], [scheduler]
-
-    def _inputs_to_device(self, batch: Mapping[str, Any], device: Any) -> dict[str, Tensor]:
-        return {k: v.to(device) for k, v in batch.items() if v is not None}
 
     def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
         """The model's own loss."""

@@ -41,7 +41,7 @@ class DataProcessor(ABC):
             process_count: How many processes.
 
         Returns:
-            What the calls gave, lists put behind one another.
+            The entries of what the calls gave, one call's behind the other's; None for each that gave nothing.
 
         Raises:
             ValueError: no list among the arguments, or lists of several lengths.
@@ -51,10 +51,10 @@ class DataProcessor(ABC):
             raise ValueError(f"multi_process_data takes lists of one length, got lengths {sorted(lengths)}")
         calls = max(lengths, default=1)
         columns = [_column(value, calls) for value in args]
-        with multiprocessing.get_context("spawn").Pool(process_count) as pool:
+        with multiprocessing.Pool(process_count) as pool:
             found = pool.starmap(self.process, zip(*columns, strict=True))
         self.analyze()
-        return [one for each in found for one in each] if all(isinstance(each, list) for each in found) else found
+        return found if all(each is None for each in found) else [one for each in found for one in each]
 
 
 def _column(value: Any, calls: int) -> Sequence[Any]:

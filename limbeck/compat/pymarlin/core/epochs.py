@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +15,11 @@ if TYPE_CHECKING:
     from limbeck.compat.pymarlin.core.trainer import Trainer
 
 
-@dataclass
 class Boxed:
     """A batch that the loop hands on as it is: a script's own step moves it to the device."""
 
-    batch: Any
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
 
 
 class Epochs:
@@ -71,6 +70,7 @@ class Hooks(Callback):
     def on_backward(self, state: State) -> None:
         """The loss as a part of its update."""
         self.module.on_end_backward(state.step, self.loss / self.trainer.gradient_accumulation)
+        self.loss = self.loss.detach()  # lets go of the graph
 
     def on_step(self, state: State) -> None:
         """What the update's parts gave, and numbers to log."""
@@ -83,6 +83,6 @@ class Hooks(Callback):
     def on_epoch(self, state: State) -> None:
         """Validation, and what the whole epoch gave."""
         outputs = self.of_epoch.everywhere()
-        self.trainer.validate()
+        self.trainer.validated()
         self.module.on_end_train_epoch(state.step, *outputs)
         self.trainer.stats.log_long_stats(state.step)

@@ -127,6 +127,10 @@ class ModuleInterface(nn.Module, CallbackInterface, ABC):
         if self.teacher is not None:
             self.teacher.requires_grad_(False).eval()
 
+    def _inputs_to_device(self, batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
+        """A batch by name on a device, without what is None."""
+        return {name: value.to(device) for name, value in batch.items() if value is not None}
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.OUTSIDE:
             object.__setattr__(self, name, value)

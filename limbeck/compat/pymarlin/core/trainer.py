@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ class Trainer:
         self.stats = stats.BasicStats(args.stats_args, self._writers())
         self._kept, self.state, self.hooks = Kept(module), State(module, None), Hooks(self)
         self._start = find_checkpoint(args.checkpointer_args)
+        self._folder: Path | None = None
         module.to(self.device)
         module.prepare_training()
         if self._start is not None:
@@ -82,8 +84,13 @@ class Trainer:
         self._check_trained()
 
     def train(self) -> None:
-        """Train and validate, from the checkpoint of ``load_dir`` where there is one."""
-        args, again = self.args, self.args.reset_optimizers_schedulers
+        """Train and validate, from the checkpoint of ``load_dir`` where there is one.
+
+        Raises:
+            ValueError: a checkpoint to go on from, and none to be written.
+        """
+        args = self.args
+        self._folder = self._chosen_folder() if self._folder is None else self._folder
         loop = Loop(
             self._step,
             self._kept,
@@ -97,12 +104,11 @@ class Trainer:
             precision=self.precision,
             device=self.device,
             callbacks=[self.hooks],
-            folder=self._folder(),
+            folder=self._folder,
             keep=args.epochs,
             weigh=lambda boxed: size_of(boxed.batch),
         )
-        if self._start is not None and again:
-            loop.state.step, loop.state.epoch = self.state.step, self.state.epoch
+        loop.state.step, loop.state.epoch = self.state.step, self.state.epoch
         self.state = loop.state
         with self.stats.current():
             loop.run()
@@ -117,6 +123,12 @@ class Trainer:
         Returns:
             What the steps on the last loader gave, all batches behind one another; None where there is no loader.
         """
+        outputs = self.validated()
+        self.stats.finish()
+        return outputs
+
+    def validated(self) -> list[Any] | None:
+        """The same, with the writers left open for what follows."""
         found = self.module.get_val_dataloaders(batch_size=self.val_step_batch_size, sampler=self.val_sampler)
         loaders = found if isinstance(found, dict) else {} if found is None else {"default": found}
         outputs = None
@@ -126,7 +138,6 @@ class Trainer:
                 outputs = self._validated(loader)
                 self.module.on_end_val_epoch(self.state.step, *outputs, key=key)
             self.stats.log_long_stats(self.state.step)
-        self.stats.finish()
         return outputs
 
     @property
@@ -174,12 +185,12 @@ class Trainer:
     @property
     def train_sampler(self) -> Any:
         """What draws the training examples."""
-        return self.trainer_backend.train_sampler
+        return replace(self.trainer_backend, distributed=self.is_distributed).train_sampler
 
     @property
     def val_sampler(self) -> Any:
         """What orders the validation examples."""
-        return self.trainer_backend.val_sampler
+        return replace(self.trainer_backend, distributed=self.is_distributed).val_sampler
 
     @property
     def global_steps_finished(self) -> int:
@@ -269,16 +280,17 @@ class Trainer:
         kept = files.read_tree(checkpoint, "state")["state"]
         self.state.step, self.state.epoch, self.state.checkpoint = kept["step"], kept["epoch"], checkpoint
 
-    def _folder(self) -> Path | None:
+    def _chosen_folder(self) -> Path | None:
         """Chosen by the first rank, known to all."""
         from accelerate.utils import broadcast_object_list
 
-        again = self.args.reset_optimizers_schedulers
-        chosen = [
-            prepare_folder(self.args.checkpointer_args, self._start, copied=not again)
-            if self.is_main_process
-            else None
-        ]
+        args, whole = self.args.checkpointer_args, not self.args.reset_optimizers_schedulers
+        if self._start is not None and whole and not args.checkpoint:
+            raise ValueError(
+                f"checkpoint=False leaves no place to go on from {self._start}; set it to True, or begin with its "
+                "weights alone by reset_optimizers_schedulers=True"
+            )
+        chosen = [prepare_folder(args, self._start, copied=whole) if self.is_main_process else None]
         return broadcast_object_list(chosen)[0] if self.is_distributed else chosen[0]
 
     def _save_module(self) -> None:
