@@ -615,6 +615,37 @@ def test_resume_is_exact(tmp_path, optimizers):
     assert [p.name for p in (tmp_path / "b" / "checkpoints").iterdir()] == ["model"]
 
 
+def test_a_distillation_resumes_exactly(tmp_path):
+    """With dropout, examples in a random order, and a projection that trains."""
+
+    def made():
+        student = bert(layers=2, width=8, seed=5, hidden_dropout_prob=0.2)
+        torch.manual_seed(4)
+        return recipe(student=student, loss_types=["logits", "hidden_states"], loss_weights=[1.0, 1.0])
+
+    whole, broken, resumed = made(), made(), made()
+    torch.manual_seed(7)
+    Trainer(whole, trainer_args(tmp_path / "a", epochs=3)).train()
+
+    def stop(step, loss):
+        if step == 5:
+            raise KilledError
+
+    broken.on_end_train_step = stop
+    options = {"epochs": 3, "checkpoints": {"load_dir": str(tmp_path / "b" / "checkpoints")}}
+    torch.manual_seed(7)
+    trainer = Trainer(broken, trainer_args(tmp_path / "b", **options))
+    with pytest.raises(KilledError):
+        trainer.train()
+    torch.manual_seed(99)
+    trainer = Trainer(resumed, trainer_args(tmp_path / "b", **options))
+    assert trainer.global_steps_finished == 3
+    trainer.train()
+    assert any(name.startswith("objective.") for name in whole.state_dict())
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name])
+
+
 def test_checkpoints_hold_no_pickle_and_are_kept_apart(tmp_path):
     for _ in range(2):
         Trainer(Line(), trainer_args(tmp_path)).train()
@@ -920,6 +951,7 @@ def test_a_plugin_distils(tmp_path, monkeypatch):
     assert 0 <= scores["default/val_acc"] <= 1
     student = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
     assert student.config.num_hidden_layers == 1
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "student")("fine film").input_ids
 
 
 def scores_into(kept):

@@ -16,7 +16,6 @@ from limbeck.compat.pymarlin.distill_utils import layer_distance
 from limbeck.compat.pymarlin.recipe import Recipe
 from limbeck.compat.pymarlin.utils.arguments import arguments
 from limbeck.compat.pymarlin.utils.config_parser.custom_arg_parser import as_list
-from limbeck.compat.pymarlin.utils.distributed import rank_zero_only
 from limbeck.compat.pymarlin.utils.stats import global_stats
 from limbeck.distiller import Distiller
 from limbeck.pairing import expose_attention
@@ -207,12 +206,6 @@ class Distilling(ModuleInterface):
             parts[name].append(value)
             global_stats.update(f"loss/{name}", float(torch.stack(parts[name]).mean()), frequent=True)
         self._noted = (global_step, parts)
-
-    @rank_zero_only
-    def on_end_train(self, global_step: int) -> None:
-        """Save the student, as ``from_pretrained`` reads it, where ``args.output_dir`` says."""
-        if self.args.output_dir:
-            self.model.save_pretrained(self.args.output_dir)
 
 
 class DistillRecipe(Distilling, Recipe):

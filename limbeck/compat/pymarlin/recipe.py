@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from limbeck.batch import collated
 from limbeck.compat.pymarlin.core.module_interface import ModuleInterface
 from limbeck.compat.pymarlin.utils.arguments import arguments
+from limbeck.compat.pymarlin.utils.distributed import rank_zero_only
 from limbeck.compat.pymarlin.utils.stats import global_stats
 from limbeck.train.settings import Settings
 
@@ -174,6 +175,13 @@ class Recipe(ModuleInterface):
         """Note the mean loss."""
         if len(val_step_collated_outputs) == 3:
             global_stats.update(f"{key}/val_loss", float(val_step_collated_outputs[0].mean()))
+
+    @rank_zero_only
+    def on_end_train(self, global_step: int) -> None:
+        """Save the model where ``args.output_dir`` says."""
+        folder = getattr(self.args, "output_dir", None)  # a script's own arguments may have none
+        if folder:
+            self.save_model(folder)
 
     def save_model(self, folder: str | Path) -> None:
         """Save the model with a config that agrees with it, so that ``from_pretrained`` gives it back."""

@@ -58,3 +58,8 @@ class TextModule(Recipe):
             "a model",
         )
         return self.model
+
+    def save_model(self, folder: str | Path) -> None:
+        """Save model and tokenizer."""
+        super().save_model(folder)
+        self.tokenizer.save_pretrained(folder)
