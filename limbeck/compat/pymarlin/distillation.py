@@ -146,6 +146,7 @@ class Distilling(ModuleInterface):
     distill_args: DistillationArguments
     distiller: Distiller | None = None
     given: tuple[Any, Any] = (None, None)
+    _noted: tuple[int | None, dict[str, list[torch.Tensor]]] = (None, {})
 
     def setup_models(self) -> tuple[Any, Any]:
         """Load the teacher and make the student.
@@ -199,7 +200,7 @@ class Distilling(ModuleInterface):
 
     def _note(self, global_step: int, output: Output) -> None:
         """Log each term, the mean over the parts of its update."""
-        step, parts = self.__dict__.get("_noted", (None, {}))
+        step, parts = self._noted
         if step != global_step:
             parts = {name: [] for name in output.terms}
         for name, value in output.terms.items():
@@ -217,6 +218,18 @@ class DistillRecipe(Distilling, Recipe):
         datamodule: Has ``get_train_dataset()`` and ``get_val_dataset()``.
         teacher: A trained model; by default that of ``args.model_args``.
         student: By default made of the teacher, or loaded from ``student_model_path``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+        >>> teacher = BertForSequenceClassification(BertConfig(num_hidden_layers=4, **sizes))
+        >>> examples = [{"input_ids": torch.tensor([1, 2]), "labels": torch.tensor(1)}] * 4
+        >>> data = SimpleNamespace(get_train_dataset=lambda: examples, get_val_dataset=lambda: examples)
+        >>> distill = DistillationArguments(student_layers=[0, 3])
+        >>> recipe = DistillRecipe(SimpleNamespace(max_lr=1e-3), distill, data, teacher=teacher)
+        >>> recipe.model.config.num_hidden_layers, recipe.train_step(1, recipe.collate_fun(examples), "cpu").shape
+        (2, torch.Size([]))
     """
 
     def __init__(

@@ -109,6 +109,17 @@ class Recipe(ModuleInterface):
         args: Its ``model_args``, ``max_lr`` and ``warmup_prop`` are read, and ``output_dir`` at the end.
         datamodule: Has ``get_train_dataset()`` and ``get_val_dataset()``.
         logger: By default this module's.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> class Mine(Recipe):
+        ...     def setup_models(self):
+        ...         self.model = nn.Linear(2, 2)
+        >>> recipe = Mine(SimpleNamespace(max_lr=0.1, warmup_prop=0.5), datamodule=None)
+        >>> recipe.setup_models()
+        >>> _, (schedule,) = recipe.get_optimizers_schedulers(estimated_global_steps_per_epoch=2, epochs=2)
+        >>> schedule.get_last_lr()
+        [0.05]
     """
 
     model: Any

@@ -54,6 +54,26 @@ class Trainer:
     Raises:
         TypeError: a backend or a checkpointer of the script's own.
         ValueError: several ranks without a distributed backend, or a batch that they cannot share.
+
+    Example:
+        >>> class Line(ModuleInterface):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = torch.nn.Linear(1, 1)
+        ...     def get_optimizers_schedulers(self, estimated_global_steps_per_epoch, epochs):
+        ...         return [torch.optim.SGD(self.parameters(), lr=0.1)], []
+        ...     def get_train_dataloader(self, sampler, batch_size):
+        ...         return [torch.ones(batch_size, 1)] * 3
+        ...     get_val_dataloaders = get_train_dataloader
+        ...     def train_step(self, global_step, batch, device):
+        ...         return (self.net(batch) - 2).square().mean()
+        ...     def val_step(self, global_step, batch, device):
+        ...         return self.net(batch)
+        >>> checkpoints = DefaultCheckpointerArguments(checkpoint=False)
+        >>> trainer = Trainer(Line(), TrainerArguments(epochs=9, writers=[], checkpointer_args=checkpoints))
+        >>> trainer.train()
+        >>> trainer.global_steps_finished, [round(y, 2) for y in trainer.validate()[0].flatten().tolist()]
+        (27, [2.0, 2.0, 2.0])
     """
 
     def __init__(

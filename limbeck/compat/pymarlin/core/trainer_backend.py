@@ -40,19 +40,39 @@ class TrainerBackend:
 
 
 def SingleProcess() -> TrainerBackend:  # noqa: N802
-    """One process, full precision."""
+    """One process, full precision.
+
+    Example:
+        >>> SingleProcess().precision
+        'fp32'
+    """
     return TrainerBackend()
 
 
 def SingleProcessAmp(enable_amp: bool = True) -> TrainerBackend:  # noqa: N802
-    """One process, half precision with a scaled loss."""
+    """One process, half precision with a scaled loss.
+
+    Example:
+        >>> SingleProcessAmp().precision
+        'fp16'
+    """
     return TrainerBackend("fp16" if enable_amp else "fp32")
 
 
 def DDPTrainerBackend(  # noqa: N802
     trainer_backend: TrainerBackend, gather_frequency: int | None = None
 ) -> TrainerBackend:
-    """Several processes; outputs are gathered over all of them, whatever `gather_frequency` says."""
+    """Several processes; outputs are gathered over all of them, whatever `gather_frequency` says.
+
+    Raises:
+        TypeError: a backend of the script's own.
+
+    Example:
+        >>> DDPTrainerBackend(SingleProcess()).distributed
+        True
+    """
+    if not isinstance(trainer_backend, TrainerBackend):
+        raise TypeError(f"{trainer_backend!r} is no backend; pass SingleProcess() or SingleProcessAmp()")
     return replace(trainer_backend, distributed=True)
 
 
