@@ -13,17 +13,17 @@ from safetensors.torch import load_file
 WORKER = Path(__file__).parent / "workers" / "train.py"
 
 
-def run(*arguments, ranks=1, check=True):
-    """Run the worker, on several ranks through `accelerate launch`; it checks that they are so many.
+def run(*arguments, ranks=1, check=True, worker=WORKER):
+    """Run a worker, on several ranks through `accelerate launch`; it checks that they are so many.
 
     Accelerate starts several processes on CPUs only under MPI, unless it takes them for GPUs at first.
     """
-    launch = [sys.executable, str(WORKER)]
+    launch = [sys.executable, str(worker)]
     if ranks > 1:
         accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
         flags = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         port = str(random.Random().randint(20000, 50000))
-        launch = [*accelerate, *flags, "--num_processes", str(ranks), "--main_process_port", port, str(WORKER)]
+        launch = [*accelerate, *flags, "--num_processes", str(ranks), "--main_process_port", port, str(worker)]
     command = [*launch, *map(str, arguments), "--ranks", str(ranks)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
