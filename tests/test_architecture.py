@@ -26,7 +26,7 @@ LAYERS = [
     "losses",
     "terms teachers students balance stages",
     "objective",
-    "distiller",
+    "distiller witness standin",
     "train report",
     "tasks evaluate",
     "recipe stage encodings",
