@@ -3,12 +3,18 @@
 import copy
 import inspect
 import io
+import os
+import random
+import subprocess
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -16,7 +22,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import limbeck.compat.modelopt as mtd
 from limbeck.standin import StandIn
 from tests.models import bert, convolutional, gradients, hooks, images, perceptron, points, text_batch
+from tests.workers import modelopt
 
+ROOT = Path(__file__).parent.parent
 INPUT = torch.tensor([[1.0, 1.0]])
 
 
@@ -631,6 +639,24 @@ def test_replicas_in_eval_mode_ask_the_teacher_later():
     assert model.compute_kd_loss().item() == pytest.approx(
         functional.mse_loss(model.student(x), model.teacher_model(x)).item()
     )
+
+
+def test_two_ranks_train_as_one(tmp_path):
+    """DistributedDataParallel averages the gradients of the losses' weights too."""
+    port = str(random.Random().randint(20000, 50000))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    script = str(ROOT / "tests" / "workers" / "modelopt.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, script, str(tmp_path)], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    expected = modelopt.trained(0, 1)
+    assert {name.split(".")[0] for name in expected} == {"0", "3", "_loss_modules"}
+    for name, value in expected.items():
+        assert torch.equal(ranks[0][name], ranks[1][name])
+        torch.testing.assert_close(ranks[0][name], value, atol=1e-6, rtol=1e-5, msg=name)
 
 
 # State.
