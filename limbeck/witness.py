@@ -339,12 +339,10 @@ class Witness:
         output, kept.student = self.student.call(run, *args, given=self._given(kept.teacher), **kwargs)
         return output
 
-    def unused(self, replica: int = 0) -> list[str]:
-        """Who saw a batch, in the last call, of which no loss was asked."""
+    def saw(self, replica: int, side: str) -> bool:
+        """Whether a side, ``"student"`` or ``"teacher"``, saw a batch of which nothing was taken yet."""
         kept = self._kept.get(replica)
-        if kept is None or kept.call is not None:
-            return []
-        return [side for side, seen in (("student", kept.student), ("teacher", kept.teacher)) if seen is not None]
+        return kept is not None and getattr(kept, side) is not None
 
     def take(self) -> list[tuple[Any, Any]]:
         """Both values of each pair, of the last batch; they are then forgotten.

@@ -818,3 +818,15 @@ def test_layerwise_with_one_side_alone():
         model(x)
     losses = model.compute_kd_loss(skip_balancer=True)
     assert [v.item() for v in losses.values()] == pytest.approx(by_hand(model, x))
+
+
+def test_layerwise_students_alone_get_their_own_inputs_and_this_is_told():
+    model = layerwise()
+    with model.only_student_forward(), pytest.warns(UserWarning, match="has no intermediate input stored"):
+        assert model(points()[0]).shape == (6, 3)
+
+
+def test_the_state_manager_knows_what_is_converted():
+    model = converted(nn.MSELoss())
+    assert mtd.ModeloptStateManager(nn.DataParallel(model)).has_state
+    assert not mtd.ModeloptStateManager.is_converted(mtd.export(model))

@@ -12,7 +12,7 @@ from limbeck.compat.modelopt.loss_balancers import (
     StaticLossBalancer,
 )
 from limbeck.compat.modelopt.losses import LMLogitsLoss, LogitsDistillationLoss, MFTLoss, MGDLoss
-from limbeck.compat.modelopt.opt import enable_huggingface_checkpointing, restore, save
+from limbeck.compat.modelopt.opt import ModeloptStateManager, enable_huggingface_checkpointing, restore, save
 
 __all__ = [
     "STUDENT_LOSS_KEY",
@@ -27,6 +27,7 @@ __all__ = [
     "LogitsDistillationLoss",
     "MFTLoss",
     "MGDLoss",
+    "ModeloptStateManager",
     "StaticLossBalancer",
     "convert",
     "enable_huggingface_checkpointing",

@@ -20,6 +20,13 @@ from limbeck.witness import Witness
 
 LOSS_MODULES, TEACHER = "_loss_modules", "_teacher_model"
 
+NOT_USED = "what the {} returned for the last batch was not used; call compute_kd_loss after each call"
+
+NO_INPUTS = (
+    "the teacher has no intermediate input stored, so that the student's modules get their own; run the teacher "
+    "before, in only_teacher_forward"
+)
+
 
 class DistillationModel(StandIn):
     """A student that is taken for itself, a teacher, and losses between them; made by `convert`.
@@ -62,12 +69,12 @@ class DistillationModel(StandIn):
         if self._only == "teacher":
             return witness.ask(args, kwargs, replica=replica)
         if self._only == "student":
+            if witness.layerwise and not witness.saw(replica, "teacher"):
+                warnings.warn(NO_INPUTS, stacklevel=2)
             return witness.learn(self.student, args, kwargs, replica=replica)
-        for side in witness.unused(replica) if self.training else ():
-            warnings.warn(
-                f"what the {side} returned for the last batch was not used; call compute_kd_loss after each call",
-                stacklevel=2,
-            )
+        for side in ("student", "teacher"):
+            if self.training and witness.saw(replica, side):
+                warnings.warn(NOT_USED.format(side), stacklevel=2)
         return witness.call(self.student, args, kwargs, replica=replica, later=not self.training)
 
     def compute_kd_loss(

@@ -58,6 +58,28 @@ def restore(model: Any, f: str | Path) -> nn.Module:
     return made
 
 
+class ModeloptStateManager:
+    """Says whether a model is converted, which is all the state that there is.
+
+    Example:
+        >>> ModeloptStateManager(nn.Linear(2, 3)).has_state
+        False
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = unwrapped(model)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the model is a converted one."""
+        return self.is_converted(self.model)
+
+    @staticmethod
+    def is_converted(model: nn.Module) -> bool:
+        """Whether a model is a converted one."""
+        return isinstance(unwrapped(model), DistillationModel)
+
+
 def enable_huggingface_checkpointing() -> None:
     """Nothing needs to be enabled: a converted model is saved by ``save_pretrained`` as the student that it is."""
 
