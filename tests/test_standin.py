@@ -139,3 +139,49 @@ def test_parts_are_joined_in_every_shape():
     assert two["loss"].tolist() == [1.0, 1.0]
     assert two["states"][0].shape == (4, 1)
     assert two["name"] == "a"
+
+
+def test_replicas_of_an_older_batch_do_not_count():
+    """Three parts of a batch of which nothing was taken, then a whole one, then two parts of another."""
+    student, teacher, (x, _) = perceptron(), perceptron(seed=1), points()
+    witness = Witness(student, teacher, [("", "")])
+    for parts in (3, 1, 2):
+        numbers = [witness.replicate() for _ in range(parts)] if parts > 1 else [0]
+        outputs = [
+            witness.call(student, (part,), {}, replica=number)
+            for number, part in zip(numbers, x.chunk(parts), strict=True)
+        ]
+    [(ours, theirs)] = witness.take()
+    assert torch.equal(ours, torch.cat(outputs))
+    assert theirs.shape == (6, 3)
+
+
+def elsewhere(module):
+    """A replica on another device, of which a CPU machine has one that holds no values."""
+    replica = module._replicate_for_data_parallel()
+    replica._parameters = {name: p.to("meta") for name, p in module._parameters.items()}
+    return replica
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_replica_elsewhere_asks_a_copy_of_the_teacher_there(later):
+    student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
+    witness, (x, _) = Witness(student, teacher, [("", "")]), points()
+    for _ in range(2):
+        numbers = [witness.replicate() for _ in range(2)]
+        witness.call(elsewhere(student), (x.to("meta"),), {}, replica=numbers[0], later=later)
+        witness.call(student, (x,), {}, replica=numbers[1], later=later)
+        [(ours, theirs)] = witness.take()
+        assert ours.shape == theirs.shape == (12, 3)
+        assert teacher.weight.device.type == "cpu"
+    assert len(witness.teacher._elsewhere) == 1
+    witness.teacher.changed()
+    assert not witness.teacher._elsewhere
+
+
+def test_a_teacher_alone_follows_its_inputs():
+    teacher = nn.Linear(4, 3)
+    student = elsewhere(nn.Linear(4, 3))
+    witness = Witness(student, teacher, [("", "")])
+    witness.call(student, (points()[0].to("meta"),), {})
+    assert teacher.weight.device.type == "meta"
