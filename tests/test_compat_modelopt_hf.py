@@ -10,7 +10,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, default_d
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import limbeck.compat.modelopt as mtd
-from limbeck.compat.modelopt.plugins.huggingface import DistillArguments, KDTrainer
+from limbeck.compat.modelopt.plugins.huggingface import DistillArguments, KDTrainer, LMLogitsLoss
 from tests.models import bert, text_batch
 
 
@@ -126,6 +126,19 @@ def test_arguments_of_the_command_line():
     assert (found.distill, found.temperature, found.criterion) == (True, 3.0, "logits_loss")
     with pytest.raises(ValueError, match="distill_args"):
         KDTrainer(model=TinyLM(0))
+
+
+def test_a_converted_model_as_in_older_scripts(tmp_path):
+    student, teacher, batch = TinyLM(0), TinyLM(1), default_data_collator(rows())
+    config = {"teacher_model": teacher, "criterion": LMLogitsLoss(temperature=2.0)}
+    mtd.enable_huggingface_checkpointing()
+    model = mtd.convert(student, mode=[("kd_loss", config)])
+    made = KDTrainer(model, arguments(tmp_path), train_dataset=rows(), data_collator=default_data_collator)
+    assert made.model is student
+    assert made.compute_loss(student, batch).item() == pytest.approx(kd_by_hand(student, teacher, batch), abs=1e-6)
+    other = mtd.convert(student, mode=[("kd_loss", {**config, "criterion": nn.MSELoss()})])
+    with pytest.raises(ValueError, match="one LogitsDistillationLoss"):
+        KDTrainer(other, arguments(tmp_path))
 
 
 # A converted model in a Trainer of the user's own.

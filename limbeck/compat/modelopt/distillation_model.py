@@ -126,6 +126,10 @@ class DistillationModel(StandIn):
         """What makes one loss of several."""
         return self._loss_balancer
 
+    def losses_by_pair(self) -> list[tuple[tuple[str, str], Loss]]:
+        """The losses, each with the paths of the modules that it compares."""
+        return list(zip(self._witness.pairs, self._losses, strict=True))
+
     @property
     def original_cls(self) -> type[nn.Module]:
         """The student's class."""

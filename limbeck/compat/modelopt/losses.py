@@ -67,6 +67,11 @@ class LogitsDistillationLoss(nn.Module):
         self._temperature, self._reduction = temperature, _checked(reduction)
         self._vocab_size, self._correct = vocab_size, correct
 
+    @property
+    def temperature(self) -> float:
+        """T."""
+        return self._temperature
+
     def forward(self, logits_s: Any, logits_t: Any) -> Tensor:
         """Compare logits (..., C): a scalar, or one value per position (...) where nothing is reduced."""
         student, teacher = (logits_of(side)[..., : self._vocab_size] for side in (logits_s, logits_t))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.compat.modelopt.config import ConfigError
-from limbeck.compat.modelopt.losses import LMLogitsLoss
+from limbeck.compat.modelopt.distillation_model import DistillationModel
+from limbeck.compat.modelopt.losses import LMLogitsLoss, LogitsDistillationLoss
 from limbeck.losses import LOSSES
 from limbeck.reduce import masked_mean
 from limbeck.registry import nearest, refuse_unknown
@@ -81,8 +82,9 @@ class KDTrainer(DistillationTrainer):
     ``eval_ce_loss``.
 
     Args:
+        model: The student; or, as in older scripts, a converted one with a loss between outputs; it is exported.
         *args: As Trainer's.
-        distill_args: `DistillArgsWithTeacherModel`, or the same as a dict.
+        distill_args: `DistillArgsWithTeacherModel`, or the same as a dict; not beside a converted model.
         **kwargs: As Trainer's.
 
     Raises:
@@ -92,10 +94,13 @@ class KDTrainer(DistillationTrainer):
 
     def __init__(
         self,
+        model: nn.Module | None = None,
         *args: Any,
         distill_args: DistillArgsWithTeacherModel | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if isinstance(model, DistillationModel) and distill_args is None:
+            distill_args, model = _of_converted(model), model.export()
         if distill_args is None:
             raise ConfigError("distill_args say what to distil, and there are none; add {'teacher_model': ...}")
         if isinstance(distill_args, Mapping):
@@ -104,7 +109,7 @@ class KDTrainer(DistillationTrainer):
             distill_args = DistillArgsWithTeacherModel(**distill_args)
         self._of_labels: list[Tensor] = []
         terms = distill_args.terms()
-        super().__init__(*args, teacher=distill_args.teacher_model, terms=terms, causal=True, **kwargs)
+        super().__init__(model, *args, teacher=distill_args.teacher_model, terms=terms, causal=True, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -125,6 +130,18 @@ class KDTrainer(DistillationTrainer):
             total, count = self.accelerator.reduce(torch.stack(self._of_labels).sum(dim=0)).tolist()
             output.metrics[f"{metric_key_prefix}_ce_loss"] = total / max(count, 1.0)
         return output
+
+
+def _of_converted(model: DistillationModel) -> DistillArgsWithTeacherModel:
+    """What a converted model says of teacher and loss."""
+    found = model.losses_by_pair()
+    losses = [loss for pair, loss in found if pair == ("", "") and isinstance(loss, LogitsDistillationLoss)]
+    if len(losses) != 1 or len(found) != 1:
+        raise ConfigError(
+            "KDTrainer takes a converted model with one LogitsDistillationLoss between outputs; for other losses, "
+            "write a Trainer whose compute_loss calls compute_kd_loss"
+        )
+    return DistillArgsWithTeacherModel(teacher_model=model.teacher_model, temperature=losses[0].temperature)
 
 
 def _sums(logits: Tensor, labels: Tensor) -> Tensor:
