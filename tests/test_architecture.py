@@ -26,7 +26,7 @@ LAYERS = [
     "losses",
     "terms teachers students balance",
     "objective checks layerwise stages",
-    "distiller",
+    "distiller witness standin",
     "train report alongside",
     "tasks evaluate",
     "recipe stage encodings",

@@ -93,16 +93,20 @@ def load_weights(module: nn.Module, path: Path) -> None:
     Raises:
         ValueError: the file belongs to another model.
     """
+    try:
+        module.load_state_dict(read_weights(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} belongs to another model: {str(error).splitlines()[1].strip()}") from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict that `save_weights` saved."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        tied = json.loads(file.metadata()["tied"])
+        tied = json.loads((file.metadata() or {}).get("tied", "{}"))
     state = load_file(path)
-    state |= {name: state[other] for name, other in tied.items()}
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} belongs to another model: {str(error).splitlines()[1].strip()}") from None
+    return state | {name: state[other] for name, other in tied.items()}
 
 
 def random_state() -> dict[str, Any]:
