@@ -82,13 +82,16 @@ class Callback:
 
 
 def size_of(batch: Any) -> float:
-    """How much a micro-batch counts among those of its update: the number of its examples.
+    """How much a micro-batch counts among those of its update: the number of its examples, or 1 where it has none.
 
     Example:
-        >>> size_of((torch.zeros(3, 2), torch.zeros(3)))
-        3.0
+        >>> size_of((torch.zeros(3, 2), torch.zeros(3))), size_of("all of them")
+        (3.0, 1.0)
     """
-    return float(batch_size({"batch": batch}))
+    try:
+        return float(batch_size({"batch": batch}))
+    except ValueError:
+        return 1.0
 
 
 @dataclass
@@ -115,6 +118,7 @@ class Loop:
         checkpoint_every: Steps; by default each epoch. There is always one at the end.
         keep: Number of checkpoints kept.
         weigh: How much a batch counts among those of its update.
+        prepare: What is done to a batch before it is placed on the device.
 
     Raises:
         ValueError: epochs and steps, or neither; parameters that are in no part of the model; an empty loader.
@@ -147,6 +151,7 @@ class Loop:
     checkpoint_every: int | None = None
     keep: int = 1
     weigh: Callable[[Any], float] = size_of
+    prepare: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         self._check()
@@ -376,6 +381,7 @@ class Loop:
         return torch.autocast(self._place.type, dtype=dtype, enabled=dtype is not None)
 
     def _placed(self, batch: Any) -> Any:
+        batch = batch if self.prepare is None else self.prepare(batch)
         return map_tensors({"batch": batch}, lambda t: t.to(self._place, non_blocking=True))["batch"]
 
     def _call(self, name: str) -> None:
