@@ -80,7 +80,7 @@ def losses_of(distiller):
     def noted(batch, args):
         found = learn(batch, args)
         total = found[0] if isinstance(found, tuple) else found
-        kept.append(float(total))
+        kept.append(total.item() if isinstance(total, torch.Tensor) else total)
         return found
 
     distiller.train_on_batch = noted

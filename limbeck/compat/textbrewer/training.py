@@ -88,7 +88,8 @@ class Scalars:
         """Write the losses of one batch."""
         if self.writer is not None:
             for name, value in {"total_loss": total, **parts}.items():
-                self.writer.add_scalar(f"scalar/{name}", float(value), self.place)
+                value = value.item() if isinstance(value, torch.Tensor) else value
+                self.writer.add_scalar(f"scalar/{name}", value, self.place)
         self.place += 1
 
     def close(self) -> None:
