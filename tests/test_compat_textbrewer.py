@@ -1,6 +1,7 @@
 """TextBrewer's door: what it corrects, and what a script may use."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -516,8 +517,11 @@ def test_wrong_trainings_are_refused(brew, tmp_path):
         brew(adapt=lambda batch, out: {"logits": out[0], "logits_mask": batch[1][:, 0]})
     projected = {"intermediate_matches": [match("cos", proj=["linear", 8, 12])]}
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     with pytest.raises(ValueError, match="projections are added to the optimizer after scheduler="):
-        brew(("hidden",), projected, scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1))
+        brew(("hidden",), projected, scheduler=scheduler)
+    with pytest.raises(TypeError, match=r"the second argument of train\(\) is the data, got StepLR"):
+        brew(data=scheduler)
 
 
 def test_students_are_saved_as_often_as_asked(brew, tmp_path):
@@ -750,6 +754,20 @@ def test_a_wrapped_student_is_saved_bare(brew, tmp_path):
 
 
 # Losses, presets, helpers
+
+
+def test_the_scripts_of_the_documents_run(tmp_path, monkeypatch):
+    """All of TextBrewer's section but the import lines, in one go, and the loop of one's own."""
+    monkeypatch.chdir(tmp_path)
+    docs = Path(__file__).parent.parent / "docs"
+    section = (docs / "coming-from.md").read_text().split("## TextBrewer\n")[1].split("\n## ")[0]
+    scripts = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    assert "import textbrewer  # old" in scripts[0]
+    exec(compile("".join(scripts[1:]), "coming-from.md", "exec"), {"__name__": "__main__"})
+    assert [p.name for p in sorted((tmp_path / "saved_models").iterdir())] == ["gs16.pkl", "gs8.pkl"]
+    loops = re.findall(r"```python\n(.*?)```", (docs / "loops.md").read_text(), flags=re.DOTALL)
+    own = next(script for script in loops if "limbeck.train.plain import Loop" in script)
+    exec(compile(own, "loops.md", "exec"), {"__name__": "__main__"})
 
 
 def test_losses_of_attention_without_heads_and_of_single_vectors():

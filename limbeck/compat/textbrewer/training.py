@@ -156,8 +156,15 @@ class Trains:
             **args: What the models are called with beside the batch.
 
         Raises:
+            TypeError: data that cannot be read, as a scheduler in its place.
             ValueError: neither epochs nor steps, nothing to learn, or a scheduler older than the projections.
         """
+        given: Any = dataloader  # TextBrewer had the scheduler here once
+        if not isinstance(given, Iterable):
+            raise TypeError(
+                f"the second argument of train() is the data, got {type(given).__name__}; pass a scheduler by "
+                "scheduler_class= and scheduler_args="
+            )
         steps = None if num_steps is None else int(num_steps)
         loop = {
             "epochs": None if num_epochs is None or steps is not None else int(num_epochs),
