@@ -26,7 +26,7 @@ from limbeck.tasks import noise
 from tests.brewing import CLASSES, LENGTH, Tagger, adaptor, loader, losses_of, match, teacher, tensors
 from tests.test_exactness import largest_difference, run
 
-WORKER = Path(__file__).parent / "workers" / "textbrewer.py"
+WORKER = Path(__file__).parent / "workers" / "brewing.py"
 MASKED = ("logits", "logits_mask", "inputs_mask", "hidden", "attention")
 
 
@@ -454,6 +454,11 @@ def test_configurations_come_from_dicts_and_files_and_go_back(tmp_path):
     textbrewer.DistillationConfig(intermediate_matches=[match("cos", proj=proj)])
     assert proj == ["linear", 8, 12]
     assert textbrewer.IntermediateMatch.from_dict(None) is None
+    made = textbrewer.DistillationConfig(intermediate_matches=[textbrewer.IntermediateMatch(**match("cos"))])
+    made.to_json_file(tmp_path / "made.json")
+    assert vars(
+        textbrewer.DistillationConfig.from_json_file(tmp_path / "made.json").intermediate_matches[0]
+    ) == vars(made.intermediate_matches[0])
 
 
 @pytest.mark.parametrize(
@@ -745,6 +750,12 @@ def test_half_precision_is_autocast(brew):
     assert half.losses != full.losses == off.losses
     assert half.losses == pytest.approx(full.losses, rel=1e-2)
     assert half.model_S.head.weight.dtype == torch.float32
+    student, model = Tagger(dropout=0.0), teacher(width=12)
+    options = {"kd_loss_weight": 0, "intermediate_matches": [match("cos", proj=["linear", 8, 12])]}
+    custom = textbrewer.CustomMatch("layers.0", "layers.0", 1.0, "hidden_mse", nn.Linear(8, 12))
+    how = {"student": student, "model": model, "lr": 0.0, "extra": {"custom_matches": [custom]}}
+    losses = [brew(("hidden",), options, config={"fp16": fp16}, **how).losses for fp16 in (False, True)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
 def test_a_wrapped_student_is_saved_bare(brew, tmp_path):

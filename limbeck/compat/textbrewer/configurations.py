@@ -225,6 +225,11 @@ class DistillationConfig(Config):
         correct: bool = False,
     ) -> None:
         self._written = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        if intermediate_matches is not None:
+            self._written["intermediate_matches"] = [
+                vars(match) if isinstance(match, IntermediateMatch) else dict(match)
+                for match in intermediate_matches
+            ]
         self.temperature = temperature
         self.temperature_scheduler = _chosen(temperature_scheduler, TEMPERATURE_SCHEDULER, "temperature_scheduler")
         self.hard_label_weight = hard_label_weight

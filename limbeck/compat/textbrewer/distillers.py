@@ -25,6 +25,7 @@ from limbeck.compat.textbrewer.losses import CORRECT
 from limbeck.compat.textbrewer.memory import Memory, several
 from limbeck.compat.textbrewer.presets import KD_LOSS_MAP, MATCH_LOSS_MAP, PROJ_MAP
 from limbeck.compat.textbrewer.training import TaskBatches, Trains
+from limbeck.losses.base import full_precision
 from limbeck.taps import Recorder, resolve
 from limbeck.teachers.module import record
 from limbeck.types import TEACHER_CACHE
@@ -122,7 +123,7 @@ class AbstractDistiller(Trains):
         read = {"student": (results_S, match.layer_S), "teacher": (results_T, match.layer_T)}
         sides = {name: layers_of(*what, match, name) for name, what in read.items()}
         if project is not None:
-            sides["student"] = [project(state) for state in sides["student"]]
+            sides["student"] = [project(full_precision(state)) for state in sides["student"]]
         loss = self._as_configured(MATCH_LOSS_MAP[match.loss])
         is_one = not isinstance(match.layer_S, Sequence)
         value: Tensor = loss(
@@ -242,7 +243,8 @@ class GeneralDistiller(AbstractDistiller):
         yield from super().match(results_S, results_T)
         masks = results_S.get("inputs_mask"), results_T.get("inputs_mask")
         for number, (custom, (ours, theirs)) in enumerate(zip(self._custom, self._paths, strict=True)):
-            value = custom.value(self._seen[0][ours], self._seen[1][theirs].detach(), *masks)
+            read = full_precision(self._seen[0][ours]), full_precision(self._seen[1][theirs].detach())
+            value = custom.value(*read, *masks)
             yield f"custom_{number}", custom.weight, value
 
     def _run(self, batch: Any, args: Mapping[str, Any], model_T: Any, no_teacher_forward: bool) -> Any:
@@ -376,6 +378,7 @@ class BasicTrainer(Trains):
         Raises:
             ValueError: the adaptor gives no ``losses``.
         """
+        batch = move_to_device(batch, self.t_config.device)
         results = post_adaptor(self.adaptor(batch, auto_forward(self.model, batch, args)))
         if "losses" not in results:
             raise ValueError(f"the adaptor gave no 'losses', only {sorted(results)}; there is nothing to train by")

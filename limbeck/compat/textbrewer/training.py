@@ -74,15 +74,15 @@ class Saving(plain.Callback):
 class Scalars:
     """Writes losses to TensorBoard, if there is a place for them."""
 
-    def __init__(self, config: TrainingConfig) -> None:
+    def __init__(self, log_dir: Path | str | None) -> None:
         self.writer, self.place = None, 0
-        if config.log_dir is None:
+        if log_dir is None:
             return
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError("log_dir needs TensorBoard; pip install limbeck[tensorboard]") from error
-        self.writer = SummaryWriter(str(config.log_dir))
+        self.writer = SummaryWriter(str(log_dir))
 
     def write(self, total: Any, parts: Mapping[str, Any]) -> None:
         """Write the losses of one batch."""
@@ -206,8 +206,7 @@ class Trains:
         args: Mapping[str, Any],
         **options: Any,
     ) -> None:
-        config, scalars = self.t_config, Scalars(self.t_config)
-        bare = self.model_S, self.model_T
+        config, bare = self.t_config, (self.model_S, self.model_T)
 
         def step(batch: Any, state: plain.State) -> Any:
             self._at(None if state.total_steps is None else state.step / state.total_steps)
@@ -231,6 +230,7 @@ class Trains:
             folder=Path(config.output_dir) / "resume" if config.resume else None,
             **options,
         )
+        scalars = Scalars(config.log_dir if saving.loop.accelerator.is_main_process else None)
         for teacher in models_of(self.model_T):
             teacher.to(config.device)
         if config.data_parallel and torch.cuda.device_count() > 1:

@@ -1,6 +1,6 @@
 """A small distillation through TextBrewer's door, to be launched on several ranks.
 
-python textbrewer.py FOLDER --ranks N
+python brewing.py FOLDER --ranks N
 """
 
 import argparse
