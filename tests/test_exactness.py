@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-WORKER = Path(__file__).parent / "workers" / "train.py"
+ROOT = Path(__file__).parent.parent
+WORKER = ROOT / "tests" / "workers" / "train.py"
 
 
 def run(*arguments, ranks=1, check=True, worker=WORKER):
@@ -25,7 +26,8 @@ def run(*arguments, ranks=1, check=True, worker=WORKER):
         port = str(random.Random().randint(20000, 50000))
         launch = [*accelerate, *flags, "--num_processes", str(ranks), "--main_process_port", port, str(worker)]
     command = [*launch, *map(str, arguments), "--ranks", str(ranks)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    here = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": here}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]

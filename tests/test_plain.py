@@ -135,7 +135,7 @@ def test_it_is_the_loop_that_one_writes_by_hand(scheduler, every):
 def test_an_interruption_after_any_step_changes_nothing(tmp_path, own_generator, scheduler):
     whole = Parts(own_generator, scheduler)
     whole.loop(epochs=3).run()
-    for step in range(1, 10):
+    for step in (1, 2, 4, 6, 7, 9):  # the checkpoint before lies in, and at the end of, an epoch
         first = Parts(own_generator, scheduler)
         with pytest.raises(KeyboardInterrupt):
             first.loop(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -20,75 +20,26 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from limbeck.batch import batch_size, map_tensors
-from limbeck.train import checkpoint as files
+from limbeck.train.checkpoint import random_state, set_random_state
 from limbeck.train.loop import AUTOCAST
+from limbeck.train.plain_state import WEIGHTS, Callback, Keeping, State
 from limbeck.train.ranks import start_accelerator
-from limbeck.train.saving import check_belongs
 from limbeck.train.settings import Settings
 
-WEIGHTS = "model.safetensors"
-KEPT = ("step", "epoch", "position", "stop")
-"""What a checkpoint holds of the state."""
-
-
-@dataclass
-class State:
-    """Where a training stands.
-
-    Attributes:
-        model: What is trained.
-        total_steps: Updates of the whole training; None where the loader has no length.
-        step: Updates done.
-        epoch: Epochs done.
-        position: Updates done in this epoch.
-        loss: Of the last update, the mean over its micro-batches, (); of the last micro-batch in `on_backward`.
-        checkpoint: The newest checkpoint, or None.
-        stop: Why to stop after this step; empty to go on.
-    """
-
-    model: nn.Module
-    total_steps: int | None
-    step: int = 0
-    epoch: int = 0
-    position: int = 0
-    loss: Tensor | None = None
-    checkpoint: Path | None = None
-    stop: str = ""
-
-
-class Callback:
-    """Watches a training, on every rank. Override what you need; the rest does nothing."""
-
-    def on_start(self, state: State) -> None:
-        """Before the first step, or the first after a resume."""
-
-    def on_epoch_start(self, state: State) -> None:
-        """Before the first step of an epoch, or the first after a resume within it."""
-
-    def on_backward(self, state: State) -> None:
-        """After the backward pass of each micro-batch, while the gradients are there."""
-
-    def on_step(self, state: State) -> None:
-        """After each update."""
-
-    def on_epoch(self, state: State) -> None:
-        """After the last step of an epoch."""
-
-    def on_checkpoint(self, state: State) -> None:
-        """After each checkpoint was written."""
-
-    def on_end(self, state: State) -> None:
-        """After the last step."""
+__all__ = ["WEIGHTS", "Callback", "Loop", "State", "size_of"]
 
 
 def size_of(batch: Any) -> float:
-    """How much a micro-batch counts among those of its update: the number of its examples.
+    """How much a micro-batch counts among those of its update: the number of its examples, or 1 where it has none.
 
     Example:
-        >>> size_of((torch.zeros(3, 2), torch.zeros(3)))
-        3.0
+        >>> size_of((torch.zeros(3, 2), torch.zeros(3))), size_of("all of them")
+        (3.0, 1.0)
     """
-    return float(batch_size({"batch": batch}))
+    try:
+        return float(batch_size({"batch": batch}))
+    except ValueError:
+        return 1.0
 
 
 @dataclass
@@ -115,6 +66,7 @@ class Loop:
         checkpoint_every: Steps; by default each epoch. There is always one at the end.
         keep: Number of checkpoints kept.
         weigh: How much a batch counts among those of its update.
+        prepare: What is done to a batch before it is placed on the device.
 
     Raises:
         ValueError: epochs and steps, or neither; parameters that are in no part of the model; an empty loader.
@@ -147,6 +99,7 @@ class Loop:
     checkpoint_every: int | None = None
     keep: int = 1
     weigh: Callable[[Any], float] = size_of
+    prepare: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         self._check()
@@ -154,9 +107,9 @@ class Loop:
         self._place = torch.device(self.device or self.accelerator.device)
         self._scaler = torch.amp.GradScaler(self._place.type, enabled=self.precision == "fp16")
         self._held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self._random: dict[str, Any] = {}  # where the epoch at hand was drawn from
-        self._saved = -1, -1
         self.state = State(self.model, self.total_steps())
+        parts = self.state, self.optimizer, self.scheduler, self._scaler
+        self._keeping = Keeping(self.folder, self.keep, self.accelerator, *parts, self._belongs())
 
     def total_steps(self) -> int | None:
         """The number of updates of the whole training; None where the loader has no length."""
@@ -228,13 +181,14 @@ class Loop:
 
         Those before are drawn again, from where the epoch had been drawn from, and passed over.
         """
-        done, now = self.state.position, files.random_state()
+        done, now = self.state.position, random_state()
         own = self.loader.generator if isinstance(self.loader, DataLoader) else None
         if done:
-            files.set_random_state(self._random["global"])
+            set_random_state(self._keeping.drawn_from["global"])
             if own is not None:
-                own.set_state(self._random["loader"])
-        self._random = {"global": files.random_state(), "loader": None if own is None else own.get_state()}
+                own.set_state(self._keeping.drawn_from["loader"])
+        drawn_from = {"global": random_state(), "loader": None if own is None else own.get_state()}
+        self._keeping.drawn_from = drawn_from
         if isinstance(sampler := _sampler(self.loader), DistributedSampler):
             sampler.set_epoch(self.state.epoch)
         batches = iter(self.loader)
@@ -242,7 +196,7 @@ class Loop:
         updates = itertools.islice(updates, self.epoch_steps)
         if done:
             deque(itertools.islice(updates, done), maxlen=0)
-            files.set_random_state(now)
+            set_random_state(now)
         yield from updates
 
     def _end_epoch(self) -> None:
@@ -252,10 +206,23 @@ class Loop:
         state.epoch, state.position = state.epoch + 1, 0
         if self.scheduler is not None and self.scheduler_every == "epoch":
             self.scheduler.step()
-        self._check_finite()
+        self._keeping.check_finite()
         self._call("on_epoch")
         if self.checkpoint_every is None:
             self._save()
+
+    def _save(self) -> None:
+        if self._keeping.save():
+            self._call("on_checkpoint")
+
+    def _belongs(self) -> dict[str, Any]:
+        """What a checkpoint must agree in with the training that goes on from it."""
+        return {
+            "updates per epoch": self.updates_per_epoch(),
+            "accumulation": self.accumulation,
+            "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
+            "ranks": self.accelerator.num_processes,
+        }
 
     def _is_done(self) -> bool:
         state = self.state
@@ -277,60 +244,8 @@ class Loop:
                 )
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
             self._called = accelerator.prepare_model(self._called)
-        self._resume()
+        self._keeping.resume()
         self.model.train()
-
-    def _save(self) -> None:
-        state, main = self.state, self.accelerator.is_main_process
-        if self.folder is None or self._saved == (state.step, state.epoch):
-            return
-        self._check_finite()
-        partial = files.partial_folder(Path(self.folder), state.step)
-        if main:
-            files.begin(Path(self.folder), state.step)
-            files.save_weights(self.model, partial / WEIGHTS)
-            files.write_tree(files.optimizer_state(self.optimizer), partial, "optimizer")
-            kept = {name: getattr(state, name) for name in KEPT}
-            scheduler = None if self.scheduler is None else self.scheduler.state_dict()
-            scaler = self._scaler.state_dict()
-            tree = {"state": kept, "scheduler": scheduler, "scaler": scaler, "belongs": self._belongs()}
-            files.write_tree(tree, partial, "state")
-        self.accelerator.wait_for_everyone()
-        own = {"now": files.random_state(), **self._random}
-        files.write_tree(own, partial, f"rank-{self.accelerator.process_index}")
-        self.accelerator.wait_for_everyone()
-        if main:
-            files.finish(partial, self.keep)
-        state.checkpoint = files.step_folder(Path(self.folder), state.step)
-        self._saved = state.step, state.epoch
-        self._call("on_checkpoint")
-
-    def _resume(self) -> None:
-        newest = files.latest(None if self.folder is None else Path(self.folder))
-        if newest is None:
-            return
-        tree = files.read_tree(newest, "state")
-        check_belongs(newest, tree["belongs"], self._belongs())
-        files.load_weights(self.model, newest / WEIGHTS)
-        files.load_optimizer_state(self.optimizer, files.read_tree(newest, "optimizer"))
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(_keyed_as(self.scheduler.state_dict(), tree["scheduler"]))
-        if tree["scaler"]:
-            self._scaler.load_state_dict(tree["scaler"])
-        for name, value in tree["state"].items():
-            setattr(self.state, name, value)
-        self._random = files.read_tree(newest, f"rank-{self.accelerator.process_index}")
-        files.set_random_state(self._random.pop("now"))
-        self.state.checkpoint, self._saved = newest, (self.state.step, self.state.epoch)
-
-    def _belongs(self) -> dict[str, Any]:
-        """What a checkpoint must agree in with the training that goes on from it."""
-        return {
-            "updates per epoch": self.updates_per_epoch(),
-            "accumulation": self.accumulation,
-            "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
-            "ranks": self.accelerator.num_processes,
-        }
 
     def _check(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -350,23 +265,6 @@ class Loop:
                 f"{strange} parameters of the optimizer are in no part of the model; pass one that holds them all"
             )
 
-    def _check_finite(self) -> None:
-        """Keep a spoiled training out of checkpoints."""
-        state = self.state
-        spoiled = "the loss" if state.loss is not None and not torch.isfinite(state.loss) else None
-        for name, parameter in self.model.named_parameters():
-            if spoiled is None and not torch.isfinite(parameter).all():
-                spoiled = f"the weights of {name}"
-        if spoiled is not None:
-            kept = (
-                f"The last good checkpoint is {state.checkpoint}."
-                if state.checkpoint
-                else "No checkpoint is kept."
-            )
-            raise FloatingPointError(
-                f"{spoiled} is no longer finite at step {state.step}; lower the learning rate or set clip. {kept}"
-            )
-
     def _sync(self, last: bool) -> Any:
         """Synchronise gradients between ranks in the last micro-batch of an update only."""
         return nullcontext() if last else self.accelerator.no_sync(self._called)
@@ -376,6 +274,7 @@ class Loop:
         return torch.autocast(self._place.type, dtype=dtype, enabled=dtype is not None)
 
     def _placed(self, batch: Any) -> Any:
+        batch = batch if self.prepare is None else self.prepare(batch)
         return map_tensors({"batch": batch}, lambda t: t.to(self._place, non_blocking=True))["batch"]
 
     def _call(self, name: str) -> None:
@@ -403,16 +302,3 @@ def _single(loss: Any) -> Tensor:
 
 def _sampler(loader: Any) -> Any:
     return loader.sampler if isinstance(loader, DataLoader) else None
-
-
-def _keyed_as(pattern: Any, tree: Any) -> Any:
-    """Give dicts the keys they had before JSON made text of them, as the milestones of a scheduler."""
-    if isinstance(pattern, dict) and isinstance(tree, Mapping):
-        names = {str(key): key for key in pattern}
-        return type(pattern)(
-            {
-                names.get(key, key): _keyed_as(pattern.get(names.get(key, key)), value)
-                for key, value in tree.items()
-            }
-        )
-    return tree
