@@ -215,9 +215,10 @@ def fit_frame_model(
         >>> fit_frame_model(model, frame, frame, settings, [Term("labels", loss="cross_entropy")]).best_score
         1.0
     """
-    rows, remembered = student.encode(train), None
     if teacher is not None:
         _check_same_labels(student.columns, teacher.columns)
+    rows, remembered = student.encode(train), None
+    if teacher is not None:
         rows = pair(rows, teacher.encode(train, labelled=False))
         remembered = Cached(ModuleTeacher(teacher.network))
     student.network.requires_grad_(True)

@@ -217,6 +217,7 @@ class Options:
         _check_devices(get("env.num_gpus"))
         batch_size, patience, steps = get("env.batch_size"), get("optim.patience"), get("optim.max_steps")
         per_epoch = math.ceil(rows / batch_size)
+        largest = min(batch_size, rows)
         interval = get("optim.val_check_interval")
         return Settings.model_validate(
             {
@@ -224,7 +225,7 @@ class Options:
                 "steps": steps if steps and steps > 0 else None,
                 "time_limit": time_limit,
                 "batch_size": batch_size,
-                "accumulation": math.ceil(batch_size / get("env.per_gpu_batch_size")),
+                "accumulation": math.ceil(largest / get("env.per_gpu_batch_size")),
                 "optimizer": get("optim.optim_type"),
                 "learning_rate": get("optim.lr"),
                 "weight_decay": get("optim.weight_decay"),

@@ -90,10 +90,10 @@ def column_types(
     """Say what each column but the label holds.
 
     The first rule that fits decides: ``"null"`` (not used) where all values are missing or equal;
+    ``"image_path"`` for encoded images, and where more than half of the values name image files that are there;
     ``"categorical"`` for pandas categories, truth values, and columns with fewer than 20 distinct values that are
-    also fewer than a tenth of the rows; ``"numerical"`` where all values are numbers; ``"image_path"`` for encoded
-    images, and where more than half of the values name image files that are there; ``"text"`` for three words or
-    more on average whose distinct values are more than a hundredth of the rows; ``"categorical"`` for all others.
+    also fewer than a tenth of the rows; ``"numerical"`` where all values are numbers; ``"text"`` for three words
+    or more on average, whose distinct values are more than a hundredth of the rows; ``"categorical"`` for others.
 
     Args:
         frame: The table.
@@ -139,14 +139,14 @@ def _kind_of(values: pd.Series) -> str:
     distinct = known.nunique()
     if distinct == 1 and len(values) > 1 and len(known) == len(values):
         return NULL
+    if not types.is_numeric_dtype(values) and _are_images(known):
+        return IMAGE
     if isinstance(values.dtype, pd.CategoricalDtype) or types.is_bool_dtype(values):
         return CATEGORICAL
     if distinct < min(MOST_CATEGORIES, int(CATEGORY_SHARE * len(values))):
         return CATEGORICAL
     if types.is_numeric_dtype(values):
         return NUMERICAL
-    if _are_images(known):
-        return IMAGE
     words = known.astype(str).drop_duplicates().str.split().str.len().mean()
     return TEXT if words >= FEWEST_WORDS and distinct > TEXT_SHARE * len(values) else CATEGORICAL
 
