@@ -1,16 +1,22 @@
 """AutoMM's door: its names and argument shapes, and every correction that docs/coming-from.md lists."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from PIL import Image
 from safetensors import safe_open
+from transformers import ResNetConfig, ResNetModel
 
 from limbeck import Distiller
 from limbeck.compat.automm import MultiModalPredictor
 from limbeck.compat.automm_options import Options, flattened
 from limbeck.tasks.fusion import FusionNetwork
+from limbeck.tasks.pixels import Pixels
 from limbeck.train import Callback
 from tests import tiny
 
@@ -103,6 +109,76 @@ def test_a_student_may_see_other_columns_than_its_teacher(place, teacher, tmp_pa
     assert list(predictor.model.network.parts) == ["numbers"]
 
 
+def test_automms_own_test_of_distillation(place, tmp_path):
+    """As its `test_distiller.py` does it: texts and images, all losses, a teacher and then its folder."""
+    data = frame().assign(label=[0, 1, 2, 3, 4, 2] * 10)
+    ResNetModel(ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1])).save_pretrained(
+        place / "image"
+    )
+    Pixels(8, (0.5,) * 3, (0.5,) * 3).save_pretrained(place / "image")
+    for i in range(5):
+        Image.new("RGB", (9, 7), (40 * i,) * 3).save(tmp_path / f"{i}.png")
+    data["Images"] = [f"{tmp_path}/{label}.png;more.png" for label in data.label]
+    hyperparameters = {
+        "optimization.max_epochs": 1,
+        "model.names": ["hf_text", "timm_image", "fusion_mlp"],
+        "model.hf_text.checkpoint_name": str(place / "large"),
+        "model.timm_image.checkpoint_name": str(place / "image"),
+        "env.num_workers": 0,
+        "env.num_workers_evaluation": 0,
+    }
+    losses = {
+        "distiller.temperature": 5.0,
+        "distiller.hard_label_weight": 0.1,
+        "distiller.soft_label_weight": 1.0,
+        "distiller.output_feature_loss_weight": 0.01,
+        "distiller.rkd_distance_loss_weight": 0.01,
+        "distiller.rkd_angle_loss_weight": 0.02,
+        "distiller.output_feature_loss_type": "mse",
+    }
+    made = {"label": "label", "problem_type": "multiclass", "eval_metric": "quadratic_kappa"}
+    teacher = MultiModalPredictor(**made)
+    teacher.fit(train_data=data, hyperparameters=hyperparameters, time_limit=10, save_path=tmp_path / "teacher")
+    for asked in (teacher, teacher.path):
+        student = MultiModalPredictor(**made).fit(
+            train_data=data,
+            teacher_predictor=asked,
+            hyperparameters={**hyperparameters, "model.hf_text.checkpoint_name": str(place / "small"), **losses},
+            time_limit=10,
+            save_path=tmp_path / "student",
+        )
+        (tmp_path / "saved").mkdir(exist_ok=True)
+        student.save(tmp_path / "saved")
+        loaded = MultiModalPredictor.load(tmp_path / "saved")
+        for ask in (MultiModalPredictor.predict, MultiModalPredictor.predict_proba):
+            ours, theirs = (ask(predictor, data, as_pandas=False) for predictor in (student, loaded))
+            np.testing.assert_equal(theirs, ours)
+            np.testing.assert_equal(ask(loaded, data, as_pandas=True).to_numpy(), ours)
+        assert student.extract_embedding(data).shape[0] == len(data)
+        assert set(student.evaluate(data)) == {"quadratic_kappa"}
+        assert list(student.model.network.parts) == ["text", "image"]
+
+
+def test_the_blocks_of_the_page_run(place, teacher, tmp_path, monkeypatch):
+    """With a folder for the hub's model and one epoch; the import lines are the first block's right column."""
+    page = (
+        (Path(__file__).parent.parent / "docs" / "coming-from.md").read_text().partition("## AutoGluon AutoMM")[2]
+    )
+    imports, script, plain = re.findall(r"```(?:python)?\n(.*?)```", page, flags=re.DOTALL)
+    new = "\n".join(re.split(r" {3,}", line)[1] for line in imports.splitlines()[1:])
+    monkeypatch.chdir(tmp_path)  # predictors without a path go to the working folder
+    names = {"train": frame(), "test": frame(), "held_out": frame(), "teacher": teacher}
+    small = {"google/bert_uncased_L-6_H-768_A-12": str(place / "small"), "epochs=3": "epochs=1"}
+    common = f"hyperparameters={options(place)}"
+    small['MultiModalPredictor(label="label")'] = f'MultiModalPredictor(label="label", {common})'
+    for code in (new + "\n" + script, plain):
+        for old, filled in small.items():
+            code = code.replace(old, filled)
+        exec(code, names)
+    assert (tmp_path / "student" / "predictor.json").is_file()
+    assert len(list((tmp_path / "AutogluonModels").iterdir())) == 2
+
+
 def test_training_on_goes_on_from_the_weights(place, tmp_path):
     predictor = MultiModalPredictor(label="label", path=tmp_path / "p")
     first = predictor.fit(frame(), hyperparameters=options(place)).predict_proba(frame())
@@ -174,7 +250,7 @@ def test_what_is_not_understood_is_refused_with_the_nearest_name(place, teacher,
         Options.parse({"optim.lr_schedule": "cosine"}).settings(10, 0, None)
     with pytest.raises(ValueError, match="a number to predict has no classes; use 'mse'"):
         Options.parse({"distiller.soft_label_loss_type": "cross_entropy"}).terms(True, (8, 8))
-    with pytest.raises(ValueError, match="accelerate launch --num_processes 2"):
+    with pytest.raises(ValueError, match="a predictor trains on one device; set it to 1"):
         Options.parse({"env.num_gpus": 2}).settings(10, 0, None)
     with pytest.warns(UserWarning, match=r"not used, for limbeck has no counterpart: optim.lr_choice"):
         Options.parse({"optim.lr_choice": "two_stages"})
@@ -192,6 +268,8 @@ def test_what_is_not_understood_is_refused_with_the_nearest_name(place, teacher,
         MultiModalPredictor.load(tmp_path)
     with pytest.raises(TypeError, match="a teacher is a trained predictor or its folder, got a int"):
         MultiModalPredictor(label="label").fit(frame(), teacher_predictor=3)
+    with pytest.raises(ValueError, match=r"'env': 'mine.yaml', which is not read; pass hyperparameters"):
+        MultiModalPredictor(label="label").fit(frame(), config={"env": "mine.yaml"})
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds other files and no predictor; choose another folder"):
         teacher.save(tmp_path)

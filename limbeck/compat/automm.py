@@ -30,6 +30,9 @@ MODEL, DATA, OPTIM, OPTIMIZATION, ENVIRONMENT, DISTILLER = (
 )
 """Keys of AutoMM's ``config``, which scripts import."""
 
+CONFIGS = ("default", "adamw", "fusion_mlp_image_text_tabular")
+"""AutoMM's named groups of defaults, whose values `Options` has."""
+
 PREDICTOR, TRAINING = "predictor.json", "training"
 
 METRIC_NAMES = {
@@ -54,7 +57,9 @@ class MultiModalPredictor:
         hyperparameters: Hyperparameters of every `fit`.
         path: Folder of the predictor; by default a new one under ``AutogluonModels``.
         presets: Which encoders are used where none is named.
+        validation_metric: Chooses the best epoch; by default `eval_metric`.
         verbosity: Taken and not used: nothing is printed.
+        **ignored: Arguments of AutoMM that change nothing here.
 
     Raises:
         ValueError: an unknown problem type.
@@ -76,16 +81,18 @@ class MultiModalPredictor:
         hyperparameters: Hyperparameters = None,
         path: str | Path | None = None,
         presets: str | None = None,
+        validation_metric: str | None = None,
         verbosity: int = 3,
         **ignored: Any,
     ) -> None:
-        _refuse(ignored, ("warn_if_exist", "enable_progress_bar", "num_classes", "validation_metric"))
+        _refuse(ignored, ("warn_if_exist", "enable_progress_bar"))
         problem = problem_type.lower() if problem_type else None
         if problem not in (None, "classification", *PROBLEMS):
             raise ValueError(f"unknown problem_type {problem_type!r}; {nearest(str(problem), PROBLEMS)}")
         if eval_metric in ("rmse", "r2", "pearsonr", "spearmanr", "root_mean_squared_error"):
             problem = REGRESSION
         self.label, self.eval_metric = label, eval_metric
+        self.validation_metric = validation_metric or eval_metric
         self.path = None if path is None else str(path)
         self._problem, self._presets, self._own = problem, presets, hyperparameters
         self._model: FrameModel | None = None
@@ -157,14 +164,15 @@ class MultiModalPredictor:
             holdout_frac: Share of the training data for evaluations on the way.
             teacher_predictor: A trained predictor, or its folder.
             seed: Of the new layers, the holdout and the order of the data.
-            config: AutoMM's named groups of defaults; taken and not used.
+            config: AutoMM's named groups of defaults, ``{"distiller": "default"}``; other ones are refused.
             **ignored: Arguments of AutoMM that change nothing here.
 
         Raises:
             TypeError: an unknown hyperparameter.
             ValueError: data, labels or a teacher that do not go together, or a folder that holds something else.
         """
-        _refuse(ignored, ("standalone", "clean_ckpts", "max_num_tuning_data"))
+        _refuse(ignored, ("standalone", "clean_ckpts"))
+        _check_config(config)
         options = Options.parse({**flattened(self._own), **flattened(hyperparameters)}, presets or self._presets)
         teacher = _teacher(teacher_predictor)
         train = as_frame(train_data)
@@ -173,7 +181,8 @@ class MultiModalPredictor:
             train, tuning = columns.split(train, holdout_frac, seed)
         else:
             tuning = as_frame(tuning_data)
-        metric = _metric(self.eval_metric or DEFAULT_METRICS[columns.problem], columns)
+        chosen = self.validation_metric or DEFAULT_METRICS[columns.problem]
+        metric = _metric(chosen, columns)
         if self._model is None:
             self._model = FrameModel.build(columns, **options.architecture(), seed=seed)
         widths = None if teacher is None else (self._width(), int(teacher.network.features.width))
@@ -189,7 +198,7 @@ class MultiModalPredictor:
             metric=metric,
             folder=folder / TRAINING,
         )
-        scored = {f"val_{self.eval_metric or metric}": fitted.best_score, "training_time": fitted.seconds}
+        scored = {f"val_{chosen}": fitted.best_score, "training_time": fitted.seconds}
         self._summary = {**scored, "steps": fitted.steps, "teacher_examples": fitted.teacher_examples}
         self._resumes = False
         self._save(folder, done=True)
@@ -280,6 +289,7 @@ class MultiModalPredictor:
         if not kept["done"] and not resume:
             raise ValueError(f"the training of {folder} did not end; load it with resume=True, and call fit again")
         made = cls(kept["label"], kept["problem_type"], kept["eval_metric"], kept["hyperparameters"], folder)
+        made.validation_metric = kept["validation_metric"]
         made._presets, made._model, made._summary = kept["presets"], FrameModel.load(folder), kept["summary"]
         made._resumes = resume and not kept["done"]
         return made
@@ -315,6 +325,7 @@ class MultiModalPredictor:
             "label": self.label,
             "problem_type": self.problem_type,
             "eval_metric": self.eval_metric,
+            "validation_metric": self.validation_metric,
             "hyperparameters": flattened(self._own),
             "presets": self._presets,
             "summary": self._summary,
@@ -342,6 +353,12 @@ def _teacher(teacher: Any) -> FrameModel | None:
     if not isinstance(loaded, MultiModalPredictor):
         raise TypeError(f"a teacher is a trained predictor or its folder, got a {type(teacher).__name__}")
     return loaded.model
+
+
+def _check_config(config: dict[str, str] | None) -> None:
+    for group, name in (config or {}).items():
+        if name not in CONFIGS:
+            raise ValueError(f"config has {group!r}: {name!r}, which is not read; pass hyperparameters instead")
 
 
 def _check_folder(folder: Path) -> None:

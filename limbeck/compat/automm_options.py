@@ -314,5 +314,6 @@ def _check_devices(count: Any) -> None:
         raise ValueError("env.num_gpus is 0 and there are accelerators; hide them: CUDA_VISIBLE_DEVICES=")
     if count is not None and count > 1:
         raise ValueError(
-            f"env.num_gpus is {count}; several are used by: accelerate launch --num_processes {count}"
+            f"env.num_gpus is {count}, and a predictor trains on one device; set it to 1, or call "
+            "limbeck.frame_model.fit_frame_model in a script started by accelerate launch"
         )
