@@ -31,6 +31,8 @@ class Metric:
         higher_is_better: The direction in which a model improves.
         numbers: Whether it judges numbers and not classes.
         classes: The number of classes it needs; 0 for any.
+        margin: Whether it judges, of two classes, by how much the second logit exceeds the first. It takes no
+            weights.
 
     Example:
         >>> METRICS["accuracy"](np.array([[2.0, 1.0], [0.0, 3.0]]), np.array([0, 0]))
@@ -42,13 +44,16 @@ class Metric:
     higher_is_better: bool = True
     numbers: bool = False
     classes: int = 0
+    margin: bool = False
 
     def __call__(self, logits: Array, labels: Array) -> float:
         """Score predictions (N, C) against labels (N,)."""
         return float(self.score(self.decide(logits), labels, None))
 
     def decide(self, logits: Array) -> Array:
-        """What a model decides: the class with the largest logit, or the number itself; (N, C) to (N,)."""
+        """What a model decides: the class with the largest logit, the margin or the number; (N, C) to (N,)."""
+        if self.margin:
+            return np.asarray(logits[:, 1] - logits[:, 0])
         return logits.reshape(len(logits)) if self.numbers else np.asarray(np.argmax(logits, axis=-1))
 
     def better(self, score: float, than: float | None) -> bool:
@@ -103,6 +108,45 @@ def _mean_squared_error(predicted: Array, labels: Array, weights: None) -> float
     return float(np.mean((predicted - labels) ** 2))
 
 
+def _root_mean_squared_error(predicted: Array, labels: Array, weights: None) -> float:
+    return float(np.sqrt(_mean_squared_error(predicted, labels, weights)))
+
+
+def _determination(predicted: Array, labels: Array, weights: None) -> float:
+    """The share of the labels' variance that is explained; 0 where they have none."""
+    variance = float(np.var(labels))
+    return 1.0 - _mean_squared_error(predicted, labels, weights) / variance if variance else 0.0
+
+
+def _balanced_accuracy(predicted: Array, labels: Array, weights: Array | None) -> float:
+    """The mean over the classes that labels have of the share that was found."""
+    right = (predicted == labels).astype(float)
+    return float(np.mean([np.average(right[own], weights=_part(weights, own)) for own in _of_each(labels)]))
+
+
+def _of_each(labels: Array) -> list[Any]:
+    return [labels == one for one in np.unique(labels)]
+
+
+def _part(weights: Array | None, chosen: Any) -> Array | None:
+    return None if weights is None else weights[chosen]
+
+
+def _quadratic_kappa(predicted: Array, labels: Array, weights: Array | None) -> float:
+    from sklearn.metrics import cohen_kappa_score
+
+    if len({*np.unique(predicted), *np.unique(labels)}) < 2:
+        return 0.0  # none is defined
+    return float(cohen_kappa_score(labels, predicted, weights="quadratic", sample_weight=weights))
+
+
+def _roc_auc(margins: Array, labels: Array, weights: None) -> float:
+    """The area under the curve; a half, as by chance, where labels are all of one class and none is defined."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(labels, margins)) if len(np.unique(labels)) == 2 else 0.5
+
+
 def _mean(*scores: Score) -> Score:
     return lambda predicted, labels, weights: float(np.mean([s(predicted, labels, weights) for s in scores]))
 
@@ -117,6 +161,11 @@ METRICS: dict[str, Metric] = {
         Metric("pearson", _pearson, numbers=True),
         Metric("spearman", _spearman, numbers=True),
         Metric("mse", _mean_squared_error, higher_is_better=False, numbers=True),
+        Metric("rmse", _root_mean_squared_error, higher_is_better=False, numbers=True),
+        Metric("r2", _determination, numbers=True),
+        Metric("balanced_accuracy", _balanced_accuracy),
+        Metric("quadratic_kappa", _quadratic_kappa),
+        Metric("roc_auc", _roc_auc, classes=2, margin=True),
         Metric("accuracy_and_f1", _mean(_accuracy, _f1), classes=2),
         Metric("pearson_and_spearman", _mean(_pearson, _spearman), numbers=True),
     )

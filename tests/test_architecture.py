@@ -30,7 +30,7 @@ LAYERS = [
     "train report alongside",
     "tasks evaluate",
     "recipe stage encodings",
-    "models pairing plan keeping",
+    "models pairing plan keeping frame_model",
     "teaching",
     "summary remember",
     "run",
