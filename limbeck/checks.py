@@ -13,12 +13,10 @@ from limbeck.pretrained import check_same_labels
 from limbeck.registry import nearest
 from limbeck.taps import Tap
 from limbeck.teachers import ModuleTeacher, Teacher, within
+from limbeck.teachers.cached import OVER_POSITIONS
 from limbeck.teachers.members import check_students
 from limbeck.terms import Term, in_term, where
 from limbeck.types import IGNORE_INDEX, Batch, Signal
-
-QA_LOGITS = {"start_logits", "end_logits"}
-"""Logits over the positions of a text."""
 
 
 def live_modules(teacher: Teacher | None) -> dict[str, ModuleTeacher]:
@@ -142,7 +140,7 @@ def check_same_tokens(terms: Sequence[Term], student: Signal, teacher: Signal, o
 def _by_token(tap: str, value: Any, mask: Tensor) -> bool:
     """Whether a value has the positions of a mask (B, L): (B, L, ...) or, between tokens, (B, heads, L, L)."""
     shape = tuple(value.shape)
-    if tap in QA_LOGITS:
+    if tap.endswith(OVER_POSITIONS):
         return True
     between = len(shape) == 4 and shape[2] == shape[3] == mask.shape[1]
     return between or (len(shape) > 2 and shape[:2] == tuple(mask.shape))

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 OBJECTIVES = (ROOT / "docs" / "objectives.md").read_text()
 TEACHERS = (ROOT / "docs" / "teachers.md").read_text()
-"""Its blocks build on one another."""
+LOOPS = (ROOT / "docs" / "loops.md").read_text()
+"""Blocks of these two build on one another."""
 RECIPES = sorted((ROOT / "limbeck" / "recipes").glob("*.yaml"))
 DATA = {"cifar10": ROOT.parent / "shared" / "data" / "cifar10"}
 """Data of the recipes that name none, where this machine has it."""
@@ -28,7 +29,8 @@ def blocks(language, text=README):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
 @pytest.mark.parametrize(
-    "code", [*blocks("python"), *blocks("python", OBJECTIVES), "".join(blocks("python", TEACHERS))]
+    "code",
+    [*blocks("python"), *blocks("python", OBJECTIVES), *("".join(blocks("python", t)) for t in (TEACHERS, LOOPS))],
 )
 def test_python_blocks_run(code):
     exec(compile(code, "a document", "exec"), {"__name__": "__main__"})

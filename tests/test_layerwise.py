@@ -10,6 +10,7 @@ from limbeck import Distiller, Self, Settings, Term, fit
 from limbeck.cache import Store
 from limbeck.teachers import Cached, Given, ModuleTeacher
 from tests.models import bert, gradients, hooks, perceptron, points, text_batch
+from tests.test_taps import replicas, together
 
 PAIRS = [("bert.encoder.layer.0", "bert.encoder.layer.1"), ("bert.encoder.layer.1", "bert.encoder.layer.3")]
 
@@ -105,6 +106,21 @@ def test_training_goes_on_after_an_export():
     assert student.bert.embeddings.word_embeddings.weight.grad is None
 
 
+def test_a_copy_learns_for_itself():
+    student, teacher = models()
+    distiller = Distiller(student, teacher, terms(), layerwise=True).train()
+    distiller(**text_batch()).loss.backward()
+    student.zero_grad()
+    copied = copy.deepcopy(distiller)
+    _, expected = alone(student, teacher, text_batch(seed=2))
+    copied(**text_batch(seed=2)).loss.backward()
+    for name, gradient in gradients(copied.student).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+    assert not any(gradient.any() for gradient in gradients(student).values())
+    assert hooks(copied.export()) == 0
+    assert hooks(student) == len(PAIRS)
+
+
 def test_outside_of_a_step_the_student_is_itself():
     student, teacher = models()
     expected = copy.deepcopy(student).eval()(**inputs(text_batch())).logits
@@ -189,6 +205,24 @@ def test_a_compiled_student_learns_the_same():
     for scale in (1.0, 2.0):
         expected, ours = (distiller(features=scale * features) for distiller in distillers)
         torch.testing.assert_close(ours.loss, expected.loss)
+
+
+def test_replicas_learn_layer_by_layer():
+    """Each in a thread of its own, as `torch.nn.DataParallel` runs them."""
+    student, teacher = models()
+    loss, expected = alone(student, teacher, text_batch())
+    distiller = Distiller(student, teacher, terms(), layerwise=True, sample=text_batch()).train()
+    counts = distiller.count(text_batch())
+    parts = [{key: value[rows] for key, value in text_batch().items()} for rows in (slice(0, 1), slice(1, 4))]
+    calls = [
+        lambda _, replica=replica, part=part: replica(**part, counts=counts)["loss"]
+        for replica, part in zip(replicas(distiller, 2), parts, strict=True)
+    ]
+    total = torch.stack(together(*calls)).sum()
+    torch.testing.assert_close(total, loss)
+    total.backward()
+    for name, gradient in gradients(student).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_shapes_that_differ():

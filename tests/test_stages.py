@@ -9,6 +9,7 @@ from torch import nn
 from limbeck import Callback, Distiller, Settings, Term, fit
 from limbeck.stages import Stage, Stages, block_by_block
 from tests.models import bert, perceptron, points, text_batch
+from tests.test_taps import replicas
 
 PAIRS = [("bert.encoder.layer.0", "bert.encoder.layer.1"), ("bert.encoder.layer.1", "bert.encoder.layer.3")]
 LAST = [Term("logits", loss="forward_kl", name="kd"), Term("labels", loss="cross_entropy", name="labels")]
@@ -265,6 +266,22 @@ def test_layer_by_layer_in_stages():
         1
     ] * 4
     assert all(p.requires_grad for p in distiller.export().parameters())
+
+
+def test_replicas_cannot_follow_stages():
+    terms = [Term("logits", loss="mse")]
+    distiller = Distiller(perceptron(), perceptron(seed=1), terms, stages=[Stage()], sample=points())
+    with pytest.raises(ValueError, match=r"stages cannot tell torch.nn.DataParallel what trains"):
+        replicas(distiller, 2)
+
+
+def test_a_training_in_other_stages_is_another_one(tmp_path):
+    settings = Settings(steps=4, batch_size=4)
+    fit(blockwise(), examples(), None, settings, folder=tmp_path)
+    with pytest.raises(
+        ValueError, match=r"belongs to another training: stage 0 is .*until=0.33.* there and .*0.25"
+    ):
+        fit(blockwise(share=0.5), examples(), None, settings, folder=tmp_path)
 
 
 def test_gradients_can_be_measured_in_a_stage():
