@@ -79,8 +79,10 @@ def test_plain_training_is_that_of_a_plain_trainer(tmp_path):
     student, expected = (bert(1, 8, seed=1, hidden_dropout_prob=0.3) for _ in range(2))
     data, terms = classes()[2], [Term("labels", loss="cross_entropy")]
     made = DistillationTrainer(student, arguments(tmp_path, **options), padded, data, terms=terms)
+    torch.randn(3)
     made.train()
     plain = Trainer(expected, arguments(tmp_path, **options), padded, data)
+    torch.randn(3)
     plain.train()
     assert_same_weights(made.model, plain.model, 1e-6)
     losses = [[line["loss"] for line in t.state.log_history if "loss" in line] for t in (made, plain)]
@@ -189,6 +191,22 @@ def test_a_student_that_is_made_anew(tmp_path):
     assert len(made) == 3
     assert_same_weights(made[-1], made[-2], 0.0)
     assert not torch.equal(made[0].classifier.weight, made[1].classifier.weight)
+
+
+def test_a_batch_that_is_too_large_is_cut_and_begun_again(tmp_path):
+    class Full(TrainerCallback):
+        times = 0
+
+        def on_step_end(self, *_, **__):
+            self.times += 1
+            if self.times == 1:
+                raise RuntimeError("CUDA out of memory. Tried to allocate more")
+
+    made = trainer(tmp_path, terms=[KD, HIDDEN], auto_find_batch_size=True, callbacks=[Full()])
+    made.train()
+    assert made._train_batch_size < 8
+    assert made.state.global_step == 3
+    assert made.model is made.distiller.student
 
 
 def test_a_second_training_goes_on_with_the_same_projections(tmp_path):
@@ -422,6 +440,27 @@ def test_each_model_may_have_inputs_of_its_own(tmp_path):
     made.train()
     plain = Trainer(made.model, arguments(tmp_path), padded, eval_dataset=classes()[2])
     assert made.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"])
+
+
+def test_several_tasks_each_with_batches_of_its_own(tmp_path):
+    """The projections of both are there before the first update, although it is of one task alone."""
+    data = [{**e, "task": "ab"[i // 8 % 2]} for i, e in enumerate(classes()[2])]
+
+    def of_one_task(examples):
+        (task,) = {example["task"] for example in examples}
+        return {**padded([{k: v for k, v in e.items() if k != "task"} for e in examples]), "task": task}
+
+    taps = ("bert.encoder.layer.0", "bert.encoder.layer.1")
+    terms = [Term(*taps, loss="mse", project="linear", task=task, name=task) for task in "ab"]
+    teachers = {"a": bert(2, 16, seed=2), "b": bert(2, 24, seed=3)}
+    made = trainer(tmp_path, terms=terms, teacher=teachers, data=data, data_collator=of_one_task)
+    assert not any(projection.sized for projection in made.distiller.objective.projections.values())
+    made.train()
+    logged = [sorted(k for k in line if k in ("terms/a", "terms/b")) for line in made.state.log_history[:3]]
+    assert logged == [["terms/a"], ["terms/b"], ["terms/a"]]
+    covered = {id(p) for group in made.optimizer.param_groups for p in group["params"]}
+    assert covered == {id(p) for p in made.distiller.parameters()}
+    assert len({p.shape for name, p in made.distiller.named_parameters() if "affine.weight" in name}) == 2
 
 
 def test_data_without_a_length(tmp_path):
