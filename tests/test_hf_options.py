@@ -13,11 +13,14 @@ from transformers import Trainer, TrainerCallback
 
 from limbeck import Distiller, Examples, Settings, Term, fit
 from limbeck.stages import block_by_block
+from limbeck.tasks.builtin import train_tokenizer
 from limbeck.teachers import ModuleTeacher
 from limbeck.train.hf import DistillationTrainer, Seq2SeqDistillationTrainer
 from limbeck.types import Signal
 from tests.hf_cases import arguments, assert_same_weights, classes, padded, sequences, texts
 from tests.models import bert, hooks, perceptron
+from tests.tiny import BAD, FILLER, GOOD
+from tests.tiny import table as tiny_table
 
 KD = Term("logits", loss="forward_kl", temperature=2.0, name="kd")
 LABELS = Term("labels", loss="cross_entropy", name="labels")
@@ -65,8 +68,25 @@ def test_it_trains_as_limbeck_fit_does(tmp_path):
             weight_decay=0.1,
             max_grad_norm=1.0,
         )
+        torch.randn(3)  # whatever a user draws in between
         made.train()
         assert_same_weights(made.distiller, own, 1e-6)
+
+
+def test_plain_training_is_that_of_a_plain_trainer(tmp_path):
+    """Shuffled, with dropout: the look at two examples before the first step draws no random number."""
+    options = {"train_sampling_strategy": "random", "max_steps": 9}
+    student, expected = (bert(1, 8, seed=1, hidden_dropout_prob=0.3) for _ in range(2))
+    data, terms = classes()[2], [Term("labels", loss="cross_entropy")]
+    made = DistillationTrainer(student, arguments(tmp_path, **options), padded, data, terms=terms)
+    torch.randn(3)
+    made.train()
+    plain = Trainer(expected, arguments(tmp_path, **options), padded, data)
+    torch.randn(3)
+    plain.train()
+    assert_same_weights(made.model, plain.model, 1e-6)
+    losses = [[line["loss"] for line in t.state.log_history if "loss" in line] for t in (made, plain)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 def test_weights_follow_progress(tmp_path):
@@ -171,6 +191,22 @@ def test_a_student_that_is_made_anew(tmp_path):
     assert len(made) == 3
     assert_same_weights(made[-1], made[-2], 0.0)
     assert not torch.equal(made[0].classifier.weight, made[1].classifier.weight)
+
+
+def test_a_batch_that_is_too_large_is_cut_and_begun_again(tmp_path):
+    class Full(TrainerCallback):
+        times = 0
+
+        def on_step_end(self, *_, **__):
+            self.times += 1
+            if self.times == 1:
+                raise RuntimeError("CUDA out of memory. Tried to allocate more")
+
+    made = trainer(tmp_path, terms=[KD, HIDDEN], auto_find_batch_size=True, callbacks=[Full()])
+    made.train()
+    assert made._train_batch_size < 8
+    assert made.state.global_step == 3
+    assert made.model is made.distiller.student
 
 
 def test_a_second_training_goes_on_with_the_same_projections(tmp_path):
@@ -343,6 +379,35 @@ def test_columns_stay_that_the_teacher_or_a_term_reads(tmp_path, kind):
     assert teacher.seen[-1] == list(range(8))
 
 
+def test_a_script_as_people_write_it(tmp_path):
+    """A tokenizer's entries for a BERT, a teacher that reads them all, and a DistilBERT that does not."""
+    tokenizer = train_tokenizer([" ".join(GOOD + BAD + FILLER)], vocabulary=200)
+    rows = tiny_table(24)
+    data = datasets.Dataset.from_dict(
+        {"text": list(rows["text"]), "label": [int(x == "good") for x in rows["label"]]}
+    )
+    data = data.map(lambda row: tokenizer(row["text"], return_token_type_ids=True), batched=True)
+    teacher, seen = bert(2, 16, labels=2, seed=2, vocab_size=len(tokenizer)), []
+
+    def watch(module, args, named):
+        seen.append(sorted(named))
+
+    teacher.register_forward_pre_hook(watch, with_kwargs=True)
+    sizes = {"dim": 8, "hidden_dim": 16, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 64}
+    config = transformers.DistilBertConfig(vocab_size=len(tokenizer), **sizes)
+    made = DistillationTrainer(
+        transformers.DistilBertForSequenceClassification(config),
+        arguments(tmp_path, eval_strategy="epoch"),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tokenizer,
+        teacher=teacher,
+    )
+    made.train()
+    assert {tuple(names) for names in seen} == {("attention_mask", "input_ids", "token_type_ids")}
+    assert made.predict(data.remove_columns("label")).predictions.shape == (24, 2)
+
+
 def test_all_columns_stay_for_a_teacher_of_an_unknown_kind(tmp_path):
     class Oracle:
         def offers(self, tap):
@@ -375,6 +440,27 @@ def test_each_model_may_have_inputs_of_its_own(tmp_path):
     made.train()
     plain = Trainer(made.model, arguments(tmp_path), padded, eval_dataset=classes()[2])
     assert made.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"])
+
+
+def test_several_tasks_each_with_batches_of_its_own(tmp_path):
+    """The projections of both are there before the first update, although it is of one task alone."""
+    data = [{**e, "task": "ab"[i // 8 % 2]} for i, e in enumerate(classes()[2])]
+
+    def of_one_task(examples):
+        (task,) = {example["task"] for example in examples}
+        return {**padded([{k: v for k, v in e.items() if k != "task"} for e in examples]), "task": task}
+
+    taps = ("bert.encoder.layer.0", "bert.encoder.layer.1")
+    terms = [Term(*taps, loss="mse", project="linear", task=task, name=task) for task in "ab"]
+    teachers = {"a": bert(2, 16, seed=2), "b": bert(2, 24, seed=3)}
+    made = trainer(tmp_path, terms=terms, teacher=teachers, data=data, data_collator=of_one_task)
+    assert not any(projection.sized for projection in made.distiller.objective.projections.values())
+    made.train()
+    logged = [sorted(k for k in line if k in ("terms/a", "terms/b")) for line in made.state.log_history[:3]]
+    assert logged == [["terms/a"], ["terms/b"], ["terms/a"]]
+    covered = {id(p) for group in made.optimizer.param_groups for p in group["params"]}
+    assert covered == {id(p) for p in made.distiller.parameters()}
+    assert len({p.shape for name, p in made.distiller.named_parameters() if "affine.weight" in name}) == 2
 
 
 def test_data_without_a_length(tmp_path):
