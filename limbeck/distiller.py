@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.batch import as_batch, as_call, from_call, rows, view
+from limbeck.batch import as_batch, as_call, from_call, next_tokens, rows, view
 from limbeck.objective import Objective, PlannedTerm, check_same_tokens, in_term, where
 from limbeck.pretrained import check_same_labels
 from limbeck.registry import nearest
@@ -31,8 +31,12 @@ from limbeck.teachers import (
     within,
 )
 from limbeck.teachers.members import check_students
+from limbeck.teachers.turns import Turns
 from limbeck.terms import Term
-from limbeck.types import STUDENT, TEACHER, TEACHER_CACHE, Batch, Output, Signal
+from limbeck.types import EXAMPLE_ID, IGNORE_INDEX, LABELS, STUDENT, TEACHER, TEACHER_CACHE, Batch, Output, Signal
+
+GATHERED = ("loss", "logits", "terms")
+"""What there is of an output where `torch.nn.DataParallel` puts several together."""
 
 NEW_EACH_TIME = (
     "what the teacher says is no longer remembered: the examples of the second epoch were not those of the first, "
@@ -61,10 +65,13 @@ class Distiller(nn.Module):
         read: Names the student's outputs where they have no names: ``lambda out: {"logits": out[0]}``.
         teacher_read: The same for the teacher; by default `read`.
         sample: A batch to check everything on at once; without it that happens on the first batch.
+        causal: Whether labels (..., L) stand at their own tokens, as in batches for language models, and each
+            position's is to be that of the *next* token. Labels are then moved left by one, with -100 at the end,
+            for terms, masks and counts alike.
 
     Raises:
         ValueError: a tap that a model does not have, two terms of one name, a teacher that shares weights with
-            the student, a term that needs a teacher where there is none.
+            the student, a term that needs a teacher where there is none, a causal encoder-decoder model.
 
     Example:
         >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
@@ -85,6 +92,7 @@ class Distiller(nn.Module):
         read: Read | None = None,
         teacher_read: Read | None = None,
         sample: Any = None,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
@@ -93,12 +101,16 @@ class Distiller(nn.Module):
         self.objective = Objective(terms, balance, self._borrow)
         self.teacher_watch = Stopwatch()
         self.read, self.teacher_read = read, teacher_read or read
-        self._call = ModuleInputs(student)
+        self.causal = causal
+        self._label_entries = tuple(dict.fromkeys((LABELS, *(t.labels for t in terms if t.labels))))
+        self._call = ModuleInputs(student, self._label_entries)
         self._recorders = self._recorder_of_each_task()
         self._compiled_before = student._compiled_call_impl
+        self._turns, self._is_a_replica = Turns(), False
         self._checked: set[str | None] = set()
         self._gradients_checked: set[str | None] = set()
         self._check_offers()
+        self._check_causal()
         if sample is not None:
             self.preflight(sample)
 
@@ -125,11 +137,13 @@ class Distiller(nn.Module):
             An `Output` in training mode, whatever the student returns in eval mode.
         """
         if not self.training:
-            return self._call.alone(*as_call(inputs, named, STUDENT))
+            return self._call.alone(*as_call(inputs, named, STUDENT), self.student)
         batch = from_call(inputs, named)
         if self.objective.task(batch) not in self._checked:
             self.preflight(batch)
-        return self.distil(batch, counts, progress, measure)
+        output = self.distil(batch, counts, progress, measure)
+        # What data-parallel replicas return is put together, which takes tensors by name.
+        return {key: output[key] for key in GATHERED} if self._is_a_replica else output
 
     def distil(
         self,
@@ -139,14 +153,17 @@ class Distiller(nn.Module):
         measure: bool = False,
     ) -> Output:
         """One step up to the loss, whatever the mode; `forward` in training mode."""
-        teacher, own = self._teach(batch), view(batch, STUDENT)
+        teacher, own = self._teach(batch), self._call.prepared(view(batch, STUDENT))
         task = self.objective.task(batch)
-        output, seen = record(self._recorder(task), lambda **extra: self._call(own, **extra))
+        output, seen = record(self._recorder(task), lambda **extra: self._call(own, self.student, **extra))
         student = Signal(seen)
         self._check_gradients(student, task)
         self._check_tokens(batch, own, student, teacher)
         measured = tuple(self.student.parameters()) if measure else None
-        result: Output = self.objective(student, teacher or _detached(student), own, counts, progress, measured)
+        compared = self._labelled(own)
+        result: Output = self.objective(
+            student, teacher or _detached(student), compared, counts, progress, measured
+        )
         if counts is None and self.training:  # a whole step; of a part, the backend tells when all are there
             self.objective.observe(result.terms, result.gradients)
         return replace(result, logits=self._logits(seen, output))
@@ -172,7 +189,7 @@ class Distiller(nn.Module):
             >>> distiller.count((torch.zeros(3, 2), torch.tensor([0, 1, -100])))
             {'examples': 3.0, 'labels': 2.0}
         """
-        return self.objective.count(view(as_batch(batch), STUDENT))
+        return self.objective.count(self._labelled(view(as_batch(batch), STUDENT)))
 
     def preflight(self, batch: Any) -> list[PlannedTerm]:
         """Check everything on two examples, size the projections, and say what each term will do.
@@ -187,11 +204,12 @@ class Distiller(nn.Module):
         """
         batch = rows(as_batch(batch), 0, 2)
         with self._looking():
-            teacher, own = self._teach(batch), view(batch, STUDENT)
+            teacher, own = self._teach(batch), self._call.prepared(view(batch, STUDENT))
             task = self.objective.task(batch)
-            _, seen = record(self._recorder(task), lambda **extra: self._call(own, **extra))
+            _, seen = record(self._recorder(task), lambda **extra: self._call(own, self.student, **extra))
             self._check_tokens(batch, own, Signal(seen), teacher)
-            plan = self.objective.plan(Signal(seen), teacher or _detached(Signal(seen)), own)
+            compared = self._labelled(own)
+            plan = self.objective.plan(Signal(seen), teacher or _detached(Signal(seen)), compared)
         self._checked.add(task)
         return plan
 
@@ -258,6 +276,19 @@ class Distiller(nn.Module):
         self._compiled_before = self.student._compiled_call_impl
         self.student.compile(**options)
 
+    def _replicate_for_data_parallel(self) -> Distiller:
+        """Called by `torch.nn.DataParallel` in each step; replicas share hooks and all else but parameters."""
+        if not self._checked:
+            raise ValueError(
+                "a Distiller in torch.nn.DataParallel has to be checked before its first step; pass sample=batch, "
+                "or call distiller.preflight(batch)"
+            )
+        for recorder in self._recorders.values():
+            recorder.pin()
+        replica: Distiller = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._is_a_replica = True
+        return replica
+
     def export(self) -> nn.Module:
         """Give back the student: the object that went in, without hooks, teacher, projections or compilation."""
         for recorder in self._recorders.values():
@@ -272,10 +303,21 @@ class Distiller(nn.Module):
             return Signal({})
         if isinstance(self.teacher, Self):
             return None
-        with self.teacher_watch:
+        with self._turns, self.teacher_watch:
             if TEACHER_CACHE in batch:
                 return Given(self.teacher_read).signal(batch, wants)
-            return self.teacher.signal(view(batch, TEACHER), wants)
+            return self.teacher.signal(self._shown(batch), wants)
+
+    def _shown(self, batch: Batch) -> Batch:
+        """The batch as a teacher is given it, which may weigh by labels but not compute a loss by others."""
+        own = view(batch, TEACHER)
+        own = next_tokens(own) if self.causal else own
+        hidden = self._call.withheld - {LABELS, EXAMPLE_ID}
+        return {key: value for key, value in own.items() if key not in hidden} if hidden else own
+
+    def _labelled(self, own: Batch) -> Batch:
+        """The student's view with labels where the terms want them."""
+        return next_tokens(own, self._label_entries) if self.causal else own
 
     def _teacher_of(self, task: str | None) -> Teacher | None:
         """The teacher whom the terms of a task ask."""
@@ -336,6 +378,24 @@ class Distiller(nn.Module):
 
         if self.read is None and self.teacher_read is None:
             self._check_labels()
+
+    def _check_causal(self) -> None:
+        if not self.causal:
+            return
+        if self._call.is_encoder_decoder:
+            raise ValueError(
+                f"causal=True moves labels to the next token, and in a {type(self.student).__name__} they stand "
+                "where its decoder says them; leave causal out"
+            )
+        for term in self.terms:
+            index = (
+                term.comparison.options.get("ignore_index", IGNORE_INDEX) if term.reads_labels else IGNORE_INDEX
+            )
+            if index != IGNORE_INDEX:
+                raise ValueError(
+                    f"{where(term)}: causal=True marks what has no next token with {IGNORE_INDEX}, and the term "
+                    f"ignores {index}; put {IGNORE_INDEX} into the labels and leave ignore_index out"
+                )
 
     def _check_labels(self) -> None:
         """Refuse teachers of other classes than the student's, or in another order, where logits are read."""

@@ -15,7 +15,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from limbeck.balance import Balance, build_balance, chosen, gradient_products
-from limbeck.batch import ATTENTION_MASK, batch_size, mask_key, task_of, valid_positions
+from limbeck.batch import ATTENTION_MASK, DECODER_MASK, batch_size, mask_key, task_of, valid_positions
 from limbeck.losses.call import Side, Target, compare_valid
 from limbeck.projectors import Projector, build_projector
 from limbeck.reduce import fitting, masked_mean
@@ -23,7 +23,9 @@ from limbeck.registry import nearest
 from limbeck.terms import Term
 from limbeck.types import EXAMPLE_ID, LABELS, Batch, Output, Signal, Sparse
 
-EXAMPLES, LOGITS, IGNORE = "examples", "logits", "ignore_index"
+EXAMPLES, IGNORE = "examples", "ignore_index"
+QA_LOGITS = {"start_logits", "end_logits"}
+"""Logits over the positions of a text."""
 
 Borrow = Callable[[str, str | None], nn.Module]
 """Finds a module of the teacher by its path; of one task's teacher, where the second names a task."""
@@ -159,14 +161,15 @@ class Objective(nn.Module):
     def count(self, batch: Batch) -> dict[str, float]:
         """Count the valid positions of a batch, for each mask that a term may use."""
         counts = {EXAMPLES: float(batch_size(batch))}
-        for key in dict.fromkeys((ATTENTION_MASK, LABELS, *(t.mask for t in self.terms if t.mask))):
+        own = [t.mask for t in self.terms if t.mask] + [t.teacher_tap for t in self.terms if t.reads_labels]
+        for key in dict.fromkeys((ATTENTION_MASK, DECODER_MASK, LABELS, *own)):
             mask = valid_positions(batch, key)
             if mask is not None:
                 counts[key] = float(mask.sum())
         for term in self.active(batch):
-            own = _ignored(term)
-            if own is not None:
-                counts[own] = float((_labels(batch) != term.comparison.options[IGNORE]).sum())
+            known = _ignored(term)
+            if known is not None:
+                counts[known] = float((_labels(term, batch) != term.comparison.options[IGNORE]).sum())
         return counts
 
     def plan(self, student: Signal, teacher: Signal, batch: Batch) -> list[PlannedTerm]:
@@ -279,8 +282,8 @@ def check_same_tokens(terms: Sequence[Term], student: Signal, teacher: Signal, o
     if ours.shape == its.shape and (ours.device.type != "cpu" or torch.equal(ours, its)):
         return
     for term in terms:
-        reads_tokens = not term.reads_labels and any(_by_token(student[tap], ours) for tap in term.taps)
-        if reads_tokens and any(_by_token(teacher[tap], its) for tap in term.teacher_taps):
+        reads_tokens = not term.reads_labels and any(_by_token(tap, student[tap], ours) for tap in term.taps)
+        if reads_tokens and any(_by_token(tap, teacher[tap], its) for tap in term.teacher_taps):
             raise ValueError(
                 f"{where(term)} compares token by token, and the two models are given different tokens (up to "
                 f"{ours.shape[1]} and {its.shape[1]} here), as two tokenizers make them of one text; compare the "
@@ -289,9 +292,11 @@ def check_same_tokens(terms: Sequence[Term], student: Signal, teacher: Signal, o
             )
 
 
-def _by_token(value: Any, mask: Tensor) -> bool:
+def _by_token(tap: str, value: Any, mask: Tensor) -> bool:
     """Whether a value has the positions of a mask (B, L): (B, L, ...) or, between tokens, (B, heads, L, L)."""
     shape = tuple(value.shape)
+    if tap in QA_LOGITS:
+        return True
     between = len(shape) == 4 and shape[2] == shape[3] == mask.shape[1]
     return between or (len(shape) > 2 and shape[:2] == tuple(mask.shape))
 
@@ -306,7 +311,7 @@ def _ensure_sized(module: nn.Module, read: Side, target: Target) -> None:
 def _sides(term: Term, student: Signal, teacher: Signal, batch: Batch) -> tuple[Side, Target]:
     """What a term compares: one tensor on each side, or a tuple of them."""
     read = tuple(student[tap] for tap in term.taps)
-    target = (_labels(batch),) if term.reads_labels else tuple(teacher[tap] for tap in term.teacher_taps)
+    target = (_labels(term, batch),) if term.reads_labels else tuple(teacher[tap] for tap in term.teacher_taps)
     return (read[0], target[0]) if len(read) == 1 else (read, target)
 
 
@@ -331,12 +336,12 @@ def _mask_of(term: Term, read: Side, batch: Batch) -> str | None:
     """The entry of the batch that masks a term: the one it names, the labels' own, or the one whose shape fits."""
     if term.mask is None:
         if term.reads_labels:
-            return _ignored(term) or LABELS
+            return _ignored(term) or term.teacher_tap
         shape = _first(read).shape
         between_tokens = len(shape) == 4  # attention has no positions in front: its loss has to ask for the mask
         if between_tokens and "mask" not in term.comparison.asks:
             return None
-        return mask_key(shape, batch, of_logits=term.taps == (LOGITS,))
+        return mask_key(shape, batch, term.tap)
     _entry(batch, term.mask)
     return term.mask
 
@@ -344,21 +349,22 @@ def _mask_of(term: Term, read: Side, batch: Batch) -> str | None:
 def _ignored(term: Term) -> str | None:
     """The name, among masks, of the labels but for those that the term's own ``ignore_index`` leaves out."""
     index = term.comparison.options.get(IGNORE) if term.reads_labels else None
-    return None if index is None else f"{LABELS} but {index}"
+    return None if index is None else f"{term.teacher_tap} but {index}"
 
 
 def _valid(term: Term, key: str, batch: Batch) -> Tensor | None:
     """The mask of a name; see `_mask_of`."""
     if key != _ignored(term):
         return valid_positions(batch, key)
-    known: Tensor = _labels(batch) != term.comparison.options[IGNORE]
+    known: Tensor = _labels(term, batch) != term.comparison.options[IGNORE]
     return known
 
 
-def _labels(batch: Batch) -> Tensor:
-    labels = batch.get(LABELS)
+def _labels(term: Term, batch: Batch) -> Tensor:
+    labels = batch.get(str(term.labels))
     if not isinstance(labels, Tensor):
-        raise ValueError(f"the batch has no labels, only {sorted(batch)}; drop the term or add them")
+        what = LABELS if term.labels == LABELS else f"{term.labels!r} to read as labels"
+        raise ValueError(f"the batch has no {what}, only {sorted(batch)}; drop the term or add them")
     return labels
 
 
