@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,18 +28,13 @@ class StepTotals:
         if self.products is None and output.gradients is not None:
             self.products = output.gradients * share
 
-    def everywhere(self, world: int, mean: Callable[[Tensor], Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The same over all ranks: terms are summed as DDP does it, gradients are averaged.
-
-        Args:
-            world: The number of ranks.
-            mean: Averages a tensor over them.
-        """
-        if world == 1:
+    def everywhere(self, accelerator: Any) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The same over all ranks: terms are summed as DDP does it, gradients are averaged."""
+        if accelerator.num_processes == 1:
             return self.values, self.products
-        values = mean(torch.stack([v.float() for v in self.values.values()]))
-        products = None if self.products is None else mean(self.products)
-        return dict(zip(self.values, values, strict=True)), products
+        mean = accelerator.reduce(torch.stack([v.float() for v in self.values.values()]), "mean")
+        products = None if self.products is None else accelerator.reduce(self.products, "mean")
+        return dict(zip(self.values, mean, strict=True)), products
 
 
 class Averages:

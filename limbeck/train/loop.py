@@ -237,8 +237,7 @@ class _Training:
         balance, step = self.distiller.objective.balance, self.state.step - 1
         if not balance.observes and totals.products is None:
             return
-        world = self.accelerator.num_processes
-        values, products = totals.everywhere(world, lambda t: self.accelerator.reduce(t, "mean"))
+        values, products = totals.everywhere(self.accelerator)
         its_turn = balance.every is not None and step % balance.every == 0
         self.distiller.objective.observe(values, products if its_turn else None)
         every = self.settings.gradients_every
