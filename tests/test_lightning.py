@@ -111,6 +111,9 @@ def test_a_checkpoint_holds_student_and_projections_and_no_teacher(tmp_path):
     kept = torch.load(running.checkpoint_callback.best_model_path, weights_only=True)
     assert set(kept["state_dict"]) == {f"distiller.{name}" for name in trained.state_dict()}
     assert {name.split(".")[1] for name in kept["state_dict"]} == {"student", "objective"}
+    path, other = running.checkpoint_callback.best_model_path, distiller(balance="uncertainty")
+    DistillationModule.load_from_checkpoint(path, distiller=other, weights_only=True)
+    assert same(other.state_dict(), trained.state_dict())
 
 
 def test_a_teacher_that_changes_is_part_of_a_checkpoint(tmp_path):

@@ -255,7 +255,9 @@ class DistillationModule(LightningModule):  # type: ignore[misc]  # Lightning is
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what each rank will draw next, and teachers that change; every rank takes part."""
+        loader = self.trainer.train_dataloader
         checkpoint["limbeck"] = {
+            "steps": loader.state_dict() if isinstance(loader, Steps) else None,
             "random": _from_all_ranks(random_state(), self.trainer.world_size),
             "teachers": states(self.distiller.teacher),
         }
@@ -263,6 +265,12 @@ class DistillationModule(LightningModule):  # type: ignore[misc]  # Lightning is
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep it until the training starts."""
         self._resumed = checkpoint.get("limbeck")
+
+    def on_fit_start(self) -> None:
+        """Bring the data to where the checkpoint was; Lightning does so only to loaders that are not set up yet."""
+        loader = self.trainer.train_dataloader
+        if self._resumed is not None and self._resumed["steps"] is not None and isinstance(loader, Steps):
+            loader.load_state_dict(self._resumed["steps"])
 
 
 @runtime_checkable

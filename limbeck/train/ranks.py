@@ -195,8 +195,15 @@ def place(
     """Lay the weights of a training on its ranks, as ``accelerate launch`` was told.
 
     Raises:
-        ValueError: what does not go with weights that are cut.
+        ValueError: what does not go with weights that are cut, or a launch that asks for DeepSpeed.
     """
+    from accelerate.utils import parse_flag_from_env
+
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "fit does not train by DeepSpeed, whose engine keeps weights and optimizer in its own form; FSDP2 "
+            "cuts both over the ranks too: accelerate launch --use_fsdp --fsdp_version 2"
+        )
     if accelerator.num_processes > 1:
         from limbeck.train.sharded import Sharded, sharding
 
