@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -244,6 +245,22 @@ def _checked_weight(weight: Weight, name: str) -> float | Scheduled:
         when = f" at its lowest ({weight})" if isinstance(weight, Scheduled) else ""
         raise ValueError(f"{what} is {lowest:g}{when}, which pushes the student away; it must not be negative")
     return weight
+
+
+def where(term: Term) -> str:
+    """A term in an error message."""
+    return f"term {term.name!r} ({term.tap} -> {term.teacher_tap})"
+
+
+@contextmanager
+def in_term(term: Term, side: str = "") -> Iterator[None]:
+    """Say in which term an error arose."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where(term)}: {side}{error}") from None
+    except TypeError as error:  # often from within the loss, hence with the place where it arose
+        raise TypeError(f"{where(term)}: {side}{error}") from error
 
 
 LayerMap = str | Sequence[tuple[int, int]]

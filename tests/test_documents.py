@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 OBJECTIVES = (ROOT / "docs" / "objectives.md").read_text()
 TEACHERS = (ROOT / "docs" / "teachers.md").read_text()
 LOOPS = (ROOT / "docs" / "loops.md").read_text()
-"""The blocks of each of these two build on one another."""
+"""Blocks of these two build on one another."""
 RECIPES = sorted((ROOT / "limbeck" / "recipes").glob("*.yaml"))
 DATA = {"cifar10": ROOT.parent / "shared" / "data" / "cifar10"}
 """Data of the recipes that name none, where this machine has it."""
@@ -33,12 +33,7 @@ def blocks(language, text=README):
 @pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval.*")
 @pytest.mark.parametrize(
     "code",
-    [
-        *blocks("python"),
-        *blocks("python", OBJECTIVES),
-        "".join(blocks("python", TEACHERS)),
-        "".join(blocks("python", LOOPS)),
-    ],
+    [*blocks("python"), *blocks("python", OBJECTIVES), *("".join(blocks("python", t)) for t in (TEACHERS, LOOPS))],
 )
 def test_python_blocks_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -86,6 +86,27 @@ def test_resume_after_kill_is_bit_identical(tmp_path, best):
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
+def test_stages_are_the_same_on_two_ranks(tmp_path, whole):
+    """Parameters that come into play later are in step on both, and those that rest are left alone."""
+    staged = weights(tmp_path / "one.safetensors", "--stages")
+    cut = weights(tmp_path / "two.safetensors", "--stages", "--accumulation", 2, ranks=2)
+    assert largest_difference(staged, cut) < 1e-6
+    assert largest_difference(staged, whole) > 1e-4
+
+
+def test_resume_over_the_border_of_a_stage_is_bit_identical(tmp_path):
+    """Stages change at steps 6 and 10 of 14; it goes on from steps 3 and 9, before each border."""
+    options = ["--steps", 14, "--dropout", 0.1, "--stages"]
+    uninterrupted = weights(tmp_path / "a.safetensors", *options, "--folder", tmp_path / "a")
+    for kill_at in (5, 11):
+        killed = run(
+            tmp_path / "b.safetensors", *options, "--folder", tmp_path / "b", "--kill-at", kill_at, check=False
+        )
+        assert killed.returncode == -9
+    resumed = weights(tmp_path / "b.safetensors", *options, "--folder", tmp_path / "b")
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+
+
 def test_resume_on_two_ranks_is_bit_identical(tmp_path):
     options = ["--steps", 8, "--dropout", 0.1]
     uninterrupted = weights(tmp_path / "a.safetensors", *options, "--folder", tmp_path / "a", ranks=2)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
@@ -66,8 +67,15 @@ def assert_identical(one, other):
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-@pytest.mark.parametrize("balance", ["uncertainty", "matched_scale", {"kind": "gradient_norm", "every": 2}])
-@pytest.mark.parametrize("step", [2, 4, 6])  # the epoch has six updates
+@pytest.mark.parametrize(
+    ("balance", "step"),  # the epoch has six updates
+    [
+        ("uncertainty", 2),
+        ("uncertainty", 6),
+        ("matched_scale", 4),
+        ({"kind": "gradient_norm", "every": 2}, 4),
+    ],
+)
 def test_a_resumed_training_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, balance, step):
     whole = trainer(tmp_path / "whole", balance=balance)
     whole.train()
@@ -215,3 +223,22 @@ def test_a_distiller_of_ones_own_is_trained_as_it_is(tmp_path):
     before = copy.deepcopy(student.state_dict())
     made.train()
     assert any(not torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
+def test_of_a_student_with_adapters_they_alone_are_kept(tmp_path):
+    def made(folder, **options):
+        torch.manual_seed(0)
+        lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], lora_dropout=0.1)
+        return trainer(folder, terms=(KD, LABELS), student=get_peft_model(bert(1, 8, seed=1), lora), **options)
+
+    whole = made(tmp_path / "whole")  # a Trainer seeds where it is made
+    whole.train()
+    made(tmp_path / "cut", stop=4).train()
+    kept = {path.name for path in (tmp_path / "cut" / "checkpoint-4").iterdir()}
+    assert "adapter_model.safetensors" in kept
+    assert "model.safetensors" not in kept
+    resumed = made(tmp_path / "cut")
+    resumed.train(resume_from_checkpoint=True)
+    assert_identical(resumed, whole)
+    assert resumed.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]

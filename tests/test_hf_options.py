@@ -1,5 +1,6 @@
 """DistillationTrainer: the options and events of transformers' Trainer, and what is refused."""
 
+import copy
 import warnings
 
 import datasets
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import Trainer, TrainerCallback
 
 from limbeck import Distiller, Examples, Settings, Term, fit
+from limbeck.stages import block_by_block
 from limbeck.teachers import ModuleTeacher
 from limbeck.train.hf import DistillationTrainer, Seq2SeqDistillationTrainer
 from limbeck.types import Signal
@@ -228,6 +230,32 @@ def test_the_student_is_compiled_and_comes_back_as_it_was(tmp_path):
     assert during == [True] * 3
     assert_same_weights(made.model, plain.model, 1e-6)
     assert made.model._compiled_call_impl is None
+    assert hooks(made.model) == 0
+
+
+def test_blocks_learn_in_stages_layer_by_layer(tmp_path):
+    """Half of the updates for each block; compared with plain descent on one block after the other."""
+    pairs = [(f"bert.encoder.layer.{i}", f"bert.encoder.layer.{2 * i + 1}") for i in range(2)]
+    terms, stages = block_by_block(pairs)
+    student, teacher = bert(2, seed=1), bert(4, seed=2)
+    by_hand = copy.deepcopy(student)
+    made = trainer(tmp_path, student, teacher=teacher, terms=terms, stages=stages, layerwise=True, max_steps=4)
+    made.train()
+    for step in range(4):
+        batch = padded(classes()[2][8 * (step % 3) : 8 * (step % 3) + 8])
+        mask = batch["attention_mask"].bool()
+        place = step // 2
+        with torch.no_grad():
+            said = teacher(**batch, output_hidden_states=True).hidden_states
+        block = by_hand.bert.encoder.layer[place]
+        out = block(said[2 * place + 1], attention_mask=mask[:, None, None, :])
+        loss = (out - said[2 * place + 2]).pow(2)[mask].mean()
+        for parameter, gradient in zip(
+            block.parameters(), torch.autograd.grad(loss, tuple(block.parameters())), strict=True
+        ):
+            parameter.data -= 0.05 * gradient
+    assert_same_weights(made.model, by_hand, 1e-6)
+    assert all(p.requires_grad for p in made.model.parameters())
     assert hooks(made.model) == 0
 
 

@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from limbeck import Distiller, Examples, Settings, Term, fit
+from limbeck.teachers import Cached, ModuleTeacher
 from tests.models import bert, gradients, text_batch
 
 START = Term("start_logits", "labels.start_positions", loss="cross_entropy", weight=0.5, name="start")
@@ -183,6 +184,18 @@ def test_texts_in_other_tokens_have_other_answers():
     batch = {"student": inputs(given), "teacher": longer, "labels": torch.zeros(4, dtype=torch.long)}
     with pytest.raises(ValueError, match="compares token by token, and the two models are given different tokens"):
         Distiller(answering(), answering(seed=5), [SPANS[2]]).train()(**batch)
+
+
+def test_answers_may_be_kept_and_are_told_apart_by_their_padding():
+    teacher = ModuleTeacher(answering(seed=5))
+    cached, given = Cached(teacher), questions()
+    longer = {key: torch.nn.functional.pad(value, (0, 2)) for key, value in inputs(given).items()}
+    for _ in range(2):
+        for batch in (inputs(given), longer):
+            for tap in ("start_logits", "end_logits"):
+                kept, expected = (source.signal(batch, [tap])[tap] for source in (cached, teacher))
+                torch.testing.assert_close(kept, expected)
+    assert cached.computed == 16
 
 
 def test_training_on_entries_is_the_same_however_it_is_cut():

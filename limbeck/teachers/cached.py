@@ -31,6 +31,9 @@ from limbeck.types import Batch, Signal, TopK
 
 __all__ = ["DTYPES", "Cached"]
 
+OVER_POSITIONS = ("start_logits", "end_logits")
+"""Taps of logits over the positions of a text, at the end of their names."""
+
 RARELY = 0.05
 """The share of examples that come again by chance alone, at most."""
 
@@ -163,7 +166,10 @@ class Cached:
         self._check_decoders(batch)
         mask = batch.get(ATTENTION_MASK)
         mask = mask.detach().cpu() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        keys = [key.tobytes() for key in example_keys(batch)]
+        told: Batch = batch
+        if mask is not None and any(tap.endswith(OVER_POSITIONS) for tap in wants):
+            told = {**batch, "padded to": mask.shape[1]}  # padding has logits as well
+        keys = [key.tobytes() for key in example_keys(told)]
         self._agree(wants)
         missing = self._into.missing(keys, wants)
         self.asked += len(keys)

@@ -7,35 +7,27 @@ trained is the `Distiller` around it, ``trainer.distiller``, as other trainers t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Trainer
 
 from limbeck.distiller import Distiller
 from limbeck.registry import refuse_unknown
-from limbeck.teachers import Teacher, TeacherLike, as_teacher
+from limbeck.teachers import TeacherLike, as_teacher
 from limbeck.teachers.members import load_states, states
 from limbeck.terms import Term
 from limbeck.train.averages import TOTAL, Averages
-from limbeck.train.checkpoint import (
-    WEIGHTS,
-    load_weights,
-    random_state,
-    read_tree,
-    save_weights,
-    set_random_state,
-    write_tree,
-)
-from limbeck.train.hf_data import Entries, StudentOnly, base_of, samples
-from limbeck.train.hf_step import Update
+from limbeck.train.checkpoint import WEIGHTS, load_weights, read_tree, save_weights, write_tree
+from limbeck.train.hf_checks import check_covered, check_made
+from limbeck.train.hf_data import Entries, StudentOnly, base_of, samples, undisturbed
+from limbeck.train.hf_step import Remembering, Update
 from limbeck.train.hf_terms import default_terms, predicts_next
-from limbeck.train.loop import SEEN_TWICE, seed_everything
-from limbeck.train.ranks import share_signals
+from limbeck.train.loop import seed_everything
 from limbeck.types import LABELS
 
 if TYPE_CHECKING:
@@ -73,7 +65,7 @@ class _Distilling(Base):  # type: ignore[misc]
     ) -> None:
         refuse_unknown(options, OPTIONS | TRAINERS, f"a {type(self).__name__}")
         self._options = {name: options.pop(name) for name in OPTIONS & options.keys()}
-        _check_made(model, options.get("model_init"), teacher, terms, self._options)
+        check_made(model, options.get("model_init"), teacher, terms, self._options)
         if options.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func and the terms both say what the loss is; make it a Term(loss=...)")
         read = self._options.get("teacher_read") or self._options.get("read")
@@ -92,7 +84,16 @@ class _Distilling(Base):  # type: ignore[misc]
         self._update: Update | None = None
         self._ready = False
         self._distiller = self._distiller_of(self.model)
-        self.add_callback(_Remembering(self))
+        self.add_callback(Remembering(self))
+
+    def train(self, *arguments: Any, **named: Any) -> Any:
+        """Train; however it ends, the student is then as it was given, without hooks or compilation."""
+        try:
+            return super().train(*arguments, **named)
+        finally:
+            self._update = None
+            self._distiller.keep()
+            self._distiller.export()
 
     @property
     def distiller(self) -> Distiller:
@@ -107,7 +108,7 @@ class _Distilling(Base):  # type: ignore[misc]
         made: nn.Module = super().call_model_init(trial)
         if not isinstance(made, Distiller):
             return made
-        _check_made(made, None, self._teacher, self._terms, self._options)
+        check_made(made, None, self._teacher, self._terms, self._options)
         self._made = made
         return made.student
 
@@ -124,7 +125,7 @@ class _Distilling(Base):  # type: ignore[misc]
     def _some_labels(self) -> Tensor | None:
         if self.train_dataset is None:
             return None
-        with _undisturbed():
+        with undisturbed():
             example = next(iter(self.train_dataset))
         found = next((example[key] for key in (LABELS, "label", "label_ids") if key in example), None)
         return None if found is None else torch.as_tensor(found)
@@ -136,7 +137,7 @@ class _Distilling(Base):  # type: ignore[misc]
         if self._ready:
             return
         loader = self.get_train_dataloader() if loader is None else loader
-        with _undisturbed():
+        with undisturbed():
             found = samples(loader, distiller.objective.tasks)
             batches = [self._prepare_inputs(batch) for batch in found]
             seed_everything(self.args.seed)  # projections begin as in `limbeck.fit`
@@ -162,7 +163,11 @@ class _Distilling(Base):  # type: ignore[misc]
         """Accelerate would compile the Distiller as a whole; what is compiled is the student."""
         from accelerate.utils import TorchDynamoPlugin
 
-        return {**super()._build_accelerator_args(**options), "dynamo_plugin": TorchDynamoPlugin(backend="no")}
+        made: dict[str, Any] = super()._build_accelerator_args(**options)
+        if self._options.get("stages") or (self._made is not None and self._made.has_stages):
+            for handler in made["kwargs_handlers"]:  # what rests in a stage has no gradient
+                handler.find_unused_parameters = True
+        return {**made, "dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Wrap the Distiller where the student would have been wrapped."""
@@ -170,7 +175,6 @@ class _Distilling(Base):  # type: ignore[misc]
         if resume_from_checkpoint is not None:
             self._load_objective(Path(resume_from_checkpoint))
         if self.args.torch_compile:
-            self.distiller.export()
             self.distiller.compile_student(
                 backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode
             )
@@ -183,7 +187,7 @@ class _Distilling(Base):  # type: ignore[misc]
         finally:
             self.model = self.callback_handler.model = student
         if given:
-            _check_covered(self.distiller, self.optimizer)
+            check_covered(self.distiller, self.optimizer)
         return prepared
 
     # ---- the loss -------------------------------------------------------------------------------------------
@@ -345,65 +349,3 @@ class DistillationTrainer(_Distilling, Trainer):  # type: ignore[misc]
 
 class Seq2SeqDistillationTrainer(_Distilling, Seq2SeqTrainer):  # type: ignore[misc]
     """The same of transformers' Seq2SeqTrainer, whose evaluations can generate; see `DistillationTrainer`."""
-
-
-class _Remembering(TrainerCallback):  # type: ignore[misc]
-    """Takes care, between epochs, of what a cached teacher remembers."""
-
-    def __init__(self, trainer: _Distilling) -> None:
-        self.trainer = trainer
-        self.epochs = 0
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.epochs = 0
-
-    def on_epoch_end(self, *_: Any, **__: Any) -> None:
-        accelerator, distiller = self.trainer.accelerator, self.trainer.distiller
-        share_signals(accelerator, distiller)
-        self.epochs += 1
-        if self.epochs == SEEN_TWICE:
-            distiller.forget_in_vain(1 / accelerator.num_processes)
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.trainer.distiller.keep()
-        self.trainer.distiller.export()
-        self.trainer._update = None
-
-
-@contextmanager
-def _undisturbed() -> Any:
-    """Look at data and models, and leave the random generators where they were."""
-    before = random_state()
-    try:
-        yield
-    finally:
-        set_random_state(before)
-
-
-def _check_made(
-    model: nn.Module | None,
-    model_init: Callable[..., nn.Module] | None,
-    teacher: Teacher | TeacherLike | None,
-    terms: Sequence[Term] | None,
-    options: Mapping[str, Any],
-) -> None:
-    """Refuse a Distiller and the parts of one, and no model at all."""
-    if model is None and model_init is None:
-        raise ValueError("there is no student; pass model= or model_init=")
-    if not isinstance(model, Distiller):
-        return
-    given = [name for name, value in (("teacher", teacher), ("terms", terms)) if value is not None]
-    given += list(options)
-    if given:
-        raise ValueError(f"the model is a Distiller already, and {given[0]} was given too; leave one of them out")
-
-
-def _check_covered(distiller: Distiller, optimizer: Any) -> None:
-    """Refuse an optimizer of the user's own that leaves out what has to train."""
-    there = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, p in distiller.named_parameters() if p.requires_grad and id(p) not in there]
-    if missing:
-        raise ValueError(
-            f"the optimizer leaves out {missing[0]!r} and {len(missing) - 1} more of what trains; make it of "
-            "trainer.distiller.parameters(), of a Distiller with sample=, or leave it to the trainer"
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,6 +18,7 @@ from limbeck.teachers.base import Combined
 from limbeck.teachers.own import WithoutAdapter
 from limbeck.teachers.remote import FIELD
 from limbeck.terms import Term
+from limbeck.train.checkpoint import random_state, set_random_state
 from limbeck.types import EXAMPLE_ID, INPUTS, LABELS, STUDENT, TASK, TEACHER, TEACHER_CACHE
 
 BESIDE = (EXAMPLE_ID, TASK, TEACHER_CACHE, STUDENT, TEACHER, INPUTS, LABELS, "label", "label_ids")
@@ -138,3 +140,13 @@ def samples(loader: Any, tasks: Sequence[str]) -> Iterator[Any]:
         missing.discard(task_of(as_batch(batch)))
         if not missing:
             return
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Look at data and models, and leave the random generators where they were."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers import TrainerCallback
+
 from limbeck.batch import as_batch
 from limbeck.distiller import Distiller
 from limbeck.train.averages import TOTAL, Averages, StepTotals
+from limbeck.train.loop import SEEN_TWICE
+from limbeck.train.ranks import share_signals
 from limbeck.types import Output
 
 
@@ -72,3 +76,23 @@ def everywhere(accelerator: Any, own: Mapping[str, float]) -> dict[str, float]:
         for key, count in counts.items():
             totals[key] = totals.get(key, 0.0) + count
     return {key: max(count, 1.0) / world for key, count in totals.items()}
+
+
+class Remembering(TrainerCallback):  # type: ignore[misc]
+    """Takes care, between epochs, of what a cached teacher remembers."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.epochs = 0
+
+    def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        """Of an epoch that a resumed training begins in the middle, this process has not seen all."""
+        self.epochs = -1 if state.epoch and state.epoch % 1 else 0
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        """Let each rank know what the others' teachers said; see `Distiller.forget_in_vain`."""
+        accelerator, distiller = self.trainer.accelerator, self.trainer.distiller
+        share_signals(accelerator, distiller)
+        self.epochs += 1
+        if self.epochs == SEEN_TWICE:
+            distiller.forget_in_vain(1 / accelerator.num_processes)

@@ -267,7 +267,7 @@ class DistillationModule(LightningModule):  # type: ignore[misc]  # Lightning is
         self._resumed = checkpoint.get("limbeck")
 
     def on_fit_start(self) -> None:
-        """Bring the data to where the checkpoint was; Lightning does so only to loaders that are not set up yet."""
+        """Bring the data to where the checkpoint was; Lightning does so to loaders that are not set up."""
         loader = self.trainer.train_dataloader
         if self._resumed is not None and self._resumed["steps"] is not None and isinstance(loader, Steps):
             loader.load_state_dict(self._resumed["steps"])

@@ -216,9 +216,13 @@ def place(
 def any_without_gradient(distiller: Distiller, batch: Batch) -> bool:
     """Whether some trained parameter gets no gradient: DDP waits for it in vain unless it is told.
 
+    With stages that is so at one time or another.
+
     The model runs as it does in training, dropped layers and all; its statistics and the random generators are
     put back afterwards.
     """
+    if distiller.has_stages:
+        return True
     trained = [p for p in distiller.parameters() if p.requires_grad]
     modes = {module: module.training for module in distiller.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in distiller.buffers()]
@@ -227,7 +231,7 @@ def any_without_gradient(distiller: Distiller, batch: Batch) -> bool:
     try:
         distiller.train()
         with torch.compiler.set_stance("force_eager"):
-            gradients = torch.autograd.grad(distiller.distil(batch).loss, trained, allow_unused=True)
+            gradients = torch.autograd.grad(distiller.distil(batch, progress=0.0).loss, trained, allow_unused=True)
     finally:
         for module, training in modes.items():
             module.training = training

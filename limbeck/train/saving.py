@@ -47,6 +47,7 @@ def identity(
     return {
         **{f"settings.{name}": value for name, value in chosen.items()},
         **terms,
+        **distiller.described(),
         "balance": str(distiller.objective.balance_spec),
         "batches per epoch": batches,
         "steps": total_steps,

@@ -76,7 +76,8 @@ class Sharded:
 
     Raises:
         ValueError: what needs whole weights in the middle of a training: measured gradients, half precision with a
-            scale, a teacher that lives on the student's weights; a class that the student has no module of.
+            scale, a teacher that lives on the student's weights; stages; a class that the student has no module
+            of.
     """
 
     def __init__(
@@ -176,6 +177,8 @@ def _check(distiller: Distiller, settings: Settings) -> None:
             "each term's gradient cannot be measured under FSDP2, where the student's weights are cut; leave out "
             "gradients_every and the balance 'gradient_norm', or train without --use_fsdp"
         )
+    if distiller.has_stages:
+        raise ValueError("stages do not go with FSDP2, which fixes what trains; train without --use_fsdp")
     if settings.precision == "fp16":
         raise ValueError("precision 'fp16' does not go with FSDP2; take 'bf16', or train without --use_fsdp")
     for _, teacher in within(distiller.teacher):

@@ -1,7 +1,7 @@
 """A small training in a process of its own, to be launched on several ranks or killed.
 
 python train.py OUT.safetensors --ranks N [--folder DIR] [--accumulation N] [--dropout P] [--steps N]
-    [--examples N] [--kill-at STEP] [--stop-at STEP] [--interrupt-at STEP RANK] [--best] [--cache DIR]
+    [--examples N] [--kill-at STEP] [--stop-at STEP] [--interrupt-at STEP RANK] [--best] [--cache DIR] [--stages]
 """
 
 import argparse
@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from limbeck import Callback, Distiller, Examples, Settings, Term, fit
 from limbeck.cache import Store
+from limbeck.stages import Stage
 from limbeck.tasks.text import Padding
 from limbeck.teachers import Cached, ModuleTeacher
 from limbeck.train.checkpoint import save_weights
@@ -51,7 +52,15 @@ def model(layers, hidden, dropout, seed):
     return BertForSequenceClassification(config)
 
 
-def distiller(dropout=0.0, cache=None):
+STAGES = [
+    Stage(0.4, terms=["hidden"], trains=["bert.encoder.layer.0"]),
+    Stage(0.7, terms=["kd", "cross_entropy"]),
+    Stage(trains=["classifier.*"]),
+]
+"""A block alone; then all, and what did not train before; then the head alone, which some terms do not read."""
+
+
+def distiller(dropout=0.0, cache=None, stages=()):
     terms = [
         Term("logits", loss="forward_kl", temperature=2.0, name="kd"),
         Term("bert.encoder.layer.0", "bert.encoder.layer.1", loss="mse", project="linear", name="hidden"),
@@ -59,7 +68,7 @@ def distiller(dropout=0.0, cache=None):
     ]
     teacher = model(2, 24, 0.0, seed=2)
     source = teacher if cache is None else Cached(ModuleTeacher(teacher), Store({}, cache))
-    return Distiller(model(1, 16, dropout, seed=1), source, terms)
+    return Distiller(model(1, 16, dropout, seed=1), source, terms, stages=stages)
 
 
 class StopAt(Callback):
@@ -124,6 +133,7 @@ def main():
     parser.add_argument("--best", action="store_true")
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--gradients-every", type=int)
+    parser.add_argument("--stages", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     settings = Settings(
@@ -138,7 +148,7 @@ def main():
         best=arguments.best,
         gradients_every=arguments.gradients_every,
     )
-    trained = distiller(arguments.dropout, arguments.cache)
+    trained = distiller(arguments.dropout, arguments.cache, STAGES if arguments.stages else ())
     callbacks = [TellCut(), *([KillAt(arguments.kill_at)] if arguments.kill_at else [])]
     callbacks += [StopAt(arguments.stop_at)] if arguments.stop_at else []
     if arguments.interrupt_at:
