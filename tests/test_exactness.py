@@ -15,6 +15,7 @@ WORKER = Path(__file__).parent / "workers" / "train.py"
 
 DDP = ["--multi_gpu"]
 FSDP2 = ["--use_fsdp", "--fsdp_version", "2"]
+ZERO = ["--use_deepspeed", "--zero_stage", "2"]
 LAYERS = [*FSDP2, "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
 """Each layer is cut by itself."""
 
@@ -153,6 +154,20 @@ def test_resume_with_weights_that_are_cut_is_bit_identical(tmp_path):
     killed = run(*arguments, "--kill-at", 5, ranks=2, check=False, how=FSDP2)
     assert killed.returncode != 0
     resumed = weights(*arguments, ranks=2, how=FSDP2)
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+
+
+def test_an_optimizer_that_is_cut_changes_nothing(tmp_path, whole):
+    """By DeepSpeed, where it is installed: updates, and a training that was killed and resumed."""
+    pytest.importorskip("deepspeed")
+    cut = weights(tmp_path / "w.safetensors", "--accumulation", 2, ranks=2, how=ZERO)
+    assert largest_difference(whole, cut) < 1e-6
+    options = ["--steps", 8, "--dropout", 0.1]
+    uninterrupted = weights(tmp_path / "a.safetensors", *options, "--folder", tmp_path / "a", ranks=2, how=ZERO)
+    arguments = [tmp_path / "b.safetensors", *options, "--folder", tmp_path / "b"]
+    run(*arguments, "--kill-at", 5, ranks=2, check=False, how=ZERO)
+    assert (tmp_path / "b" / "step-00000003").is_dir()
+    resumed = weights(*arguments, ranks=2, how=ZERO)
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 

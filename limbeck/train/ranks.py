@@ -195,18 +195,16 @@ def place(
     """Lay the weights of a training on its ranks, as ``accelerate launch`` was told.
 
     Raises:
-        ValueError: what does not go with weights that are cut, or a launch that asks for DeepSpeed.
+        ValueError: what does not go with weights that are cut, or with DeepSpeed's engine.
     """
-    from accelerate.utils import parse_flag_from_env
-
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError(
-            "fit does not train by DeepSpeed, whose engine keeps weights and optimizer in its own form; FSDP2 "
-            "cuts both over the ranks too: accelerate launch --use_fsdp --fsdp_version 2"
-        )
     if accelerator.num_processes > 1:
-        from limbeck.train.sharded import Sharded, sharding
+        from accelerate.utils import parse_flag_from_env
 
+        from limbeck.train.sharded import Sharded, sharding
+        from limbeck.train.zero import Engine
+
+        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            return Engine(distiller, settings, accelerator)
         plugin = sharding()
         if plugin is not None:
             return Sharded(distiller, settings, plugin, accelerator)
