@@ -3,7 +3,7 @@
 A tap is a string. It names a module by its path, ``"encoder.layer.3"``, and reads that module's output; or an
 output of the whole model by its name, ``"logits"``, ``"hidden_states.3"``, ``"attentions.5"``. After a ``#``
 comes what to take where a module returns several things: ``"encoder#1"`` the second item, ``"encoder#pooled"``
-a key, ``"classifier#input"`` the module's first input instead of its output.
+a key, ``"classifier#input"`` the module's first input instead of its output; `Picked` takes it by a function.
 """
 
 from __future__ import annotations
@@ -53,9 +53,40 @@ INPUT = "input"
 Read = Callable[[Any], Mapping[str, Any]]
 
 
+class Picked(str):
+    """A tap with a function that takes the tensor out of what the module, or the whole model, returns.
+
+    Args:
+        path: The module's path; ``""`` is the whole model.
+        pick: Takes what the module returned and gives a tensor.
+        name: Its name, which stands behind a ``#`` and tells apart two picks of one place; it, and not the
+            function, is what a cache of the teacher goes by.
+
+    Example:
+        >>> half = Picked("encoder", lambda output: output[0][:, :2], "half")
+        >>> half, parse(half, ["encoder"]).pick is half.pick
+        ('encoder#half', True)
+    """
+
+    pick: Callable[[Any], Tensor]
+
+    def __new__(cls, path: str, pick: Callable[[Any], Tensor], name: str) -> Picked:
+        """A string, so that it stands wherever a tap does."""
+        if not callable(pick):
+            raise TypeError(f"pick is a function of what a module returns, got {pick!r}")
+        tap = super().__new__(cls, f"{path}#{name}")
+        tap.pick = pick
+        return tap
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """What copies of it are made of."""
+        path, _, name = self.partition("#")
+        return path, self.pick, name
+
+
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """A parsed tap: a module's path, or None for an output of the model, and which part of it.
+    """A parsed tap: a module's path, or None for an output of the model, and which part of it, or a function.
 
     Example:
         >>> parse("encoder#1", ["encoder"])
@@ -68,6 +99,7 @@ class Tap:
     module: str | None
     name: str
     part: str
+    pick: Callable[[Any], Tensor] | None = dataclasses.field(default=None, repr=False)
 
 
 def parse(text: str, paths: Iterable[str], any_output: bool = False) -> Tap:
@@ -84,7 +116,7 @@ def parse(text: str, paths: Iterable[str], any_output: bool = False) -> Tap:
     paths = set(paths)
     path, _, part = text.partition("#")
     if path in paths:
-        return Tap(text, module=path, name="", part=part)
+        return Tap(text, module=path, name="", part=part, pick=text.pick if isinstance(text, Picked) else None)
     name, _, index = text.partition(".")
     if name in OUTPUT_NAMES or (any_output and "#" not in text):
         return Tap(text, module=None, name=name, part=index)
@@ -264,6 +296,9 @@ class Recorder:
                 found[text] = sight.seen[text]
                 continue
             named = read_output(output, self.read) if named is None else named
+            if text in named:  # a name with dots
+                found[text] = pick(named[text], "", text)
+                continue
             if tap.name not in named:
                 raise ValueError(f"the model gave no {tap.name!r}; {nearest(tap.name, named)}")
             found[text] = pick(named[tap.name], tap.part, text)
@@ -296,7 +331,7 @@ class Recorder:
                 module = modules[tap.module]
                 handle = (
                     module.register_forward_pre_hook(_InputHook(self, tap), with_kwargs=True)
-                    if tap.part == INPUT
+                    if tap.part == INPUT and tap.pick is None
                     else module.register_forward_hook(_OutputHook(self, tap))
                 )
                 self._handles.append(handle)
@@ -336,7 +371,11 @@ class _OutputHook:
     tap: Tap
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        self.recorder.record(self.tap, pick(output, self.tap.part, self.tap.text))
+        if self.tap.pick is None:
+            tensor = pick(output, self.tap.part, self.tap.text)
+        else:
+            tensor = pick(self.tap.pick(output), "", self.tap.text)
+        self.recorder.record(self.tap, tensor)
 
 
 @dataclasses.dataclass

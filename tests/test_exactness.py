@@ -20,17 +20,17 @@ LAYERS = [*FSDP2, "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
 """Each layer is cut by itself."""
 
 
-def run(*arguments, ranks=1, check=True, how=DDP):
-    """Run the worker, on several ranks through `accelerate launch`; it checks that they are so many.
+def run(*arguments, ranks=1, check=True, how=DDP, worker=WORKER):
+    """Run a worker, on several ranks through `accelerate launch`; it checks that they are so many.
 
     Accelerate starts several processes on CPUs only under MPI, unless it takes them for GPUs at first.
     """
-    launch = [sys.executable, str(WORKER)]
+    launch = [sys.executable, str(worker)]
     if ranks > 1:
         accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
         flags = [*how, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         port = str(random.Random().randint(20000, 50000))
-        launch = [*accelerate, *flags, "--num_processes", str(ranks), "--main_process_port", port, str(WORKER)]
+        launch = [*accelerate, *flags, "--num_processes", str(ranks), "--main_process_port", port, str(worker)]
     command = [*launch, *map(str, arguments), "--ranks", str(ranks)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)

@@ -107,16 +107,20 @@ def load_state(path: Path, load: Callable[[dict[str, Tensor]], Any]) -> None:
     Raises:
         ValueError: the file belongs to another model.
     """
+    try:
+        load(read_weights(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} belongs to another model: {str(error).splitlines()[1].strip()}") from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict that `save_weights` saved."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        tied = json.loads(file.metadata()["tied"])
+        tied = json.loads((file.metadata() or {}).get("tied", "{}"))
     state = load_file(path)
-    state |= {name: state[other] for name, other in tied.items()}
-    try:
-        load(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} belongs to another model: {str(error).splitlines()[1].strip()}") from None
+    return state | {name: state[other] for name, other in tied.items()}
 
 
 def random_state() -> dict[str, Any]:
@@ -165,6 +169,16 @@ def with_text_keys(state: Mapping[str, Any]) -> dict[str, Any]:
 def with_number_keys(state: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `with_text_keys`."""
     return {"state": {int(k): v for k, v in state["state"].items()}, "param_groups": state["param_groups"]}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state in a form that JSON can key."""
+    return with_text_keys(optimizer.state_dict())
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load what `optimizer_state` gave."""
+    optimizer.load_state_dict(with_number_keys(state))
 
 
 def step_folder(folder: Path, step: int) -> Path:

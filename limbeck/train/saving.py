@@ -132,7 +132,7 @@ class Checkpointer:
             return
         accelerator, state = self.accelerator, self.state
         kept = files.read_tree(newest, "state")
-        _check_belongs(newest, kept.get("belongs", {}), self.belongs)
+        check_belongs(newest, kept.get("belongs", {}), self.belongs)
         files.load_state(newest / files.WEIGHTS, self.placement.load_weights)
         optimizer = files.read_tree(newest, "optimizer")
         self.placement.load_optimizer_state(files.with_number_keys(optimizer))
@@ -202,7 +202,17 @@ class Checkpointer:
             raise OSError(error.errno, cure) from error
 
 
-def _check_belongs(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+def check_belongs(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another training.
+
+    Raises:
+        ValueError: something differs; the message says what, on both sides.
+
+    Example:
+        >>> check_belongs(Path("step-1"), {"ranks": 2}, {"ranks": 1})
+        Traceback (most recent call last):
+        ValueError: step-1 belongs to another training: ranks is 2 there and 1 here; give this ...
+    """
     differing = [
         f"{name} is {theirs.get(name, 'absent')!r} there and {ours.get(name, 'absent')!r} here"
         for name in dict.fromkeys((*theirs, *ours))
