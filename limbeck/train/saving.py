@@ -19,6 +19,7 @@ from limbeck.teachers.members import load_states, states
 from limbeck.train import checkpoint as files
 from limbeck.train.averages import Averages
 from limbeck.train.callbacks import State
+from limbeck.train.ranks import Placement
 from limbeck.train.settings import Settings
 
 BEST = "best.safetensors"
@@ -65,8 +66,7 @@ class Checkpointer:
 
     Attributes:
         accelerator: The training's ranks.
-        distiller: What is trained.
-        optimizer: Its optimizer.
+        placement: What is trained, with its optimizer.
         scaler: Scales the loss in half precision; its scale is part of a checkpoint.
         state: Where the training stands.
         averages: Running means of the terms.
@@ -76,8 +76,7 @@ class Checkpointer:
     """
 
     accelerator: Any
-    distiller: Distiller
-    optimizer: torch.optim.Optimizer
+    placement: Placement
     scaler: torch.amp.GradScaler
     state: State
     averages: Averages
@@ -85,6 +84,11 @@ class Checkpointer:
     belongs: dict[str, Any]
     folder: Path | None
     best: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def distiller(self) -> Distiller:
+        """What trains on this rank."""
+        return self.placement.distiller
 
     def save(self) -> None:
         """Write a checkpoint: rank 0 the weights, each rank its random state and sums.
@@ -100,11 +104,12 @@ class Checkpointer:
         with self._how_to_free():
             self.distiller.keep()
         partial = files.partial_folder(self.folder, state.step)
+        weights, optimizer = self.placement.weights(), self.placement.optimizer_state()
         with self._removed_on_failure(partial):
             if accelerator.is_main_process:
                 files.begin(self.folder, state.step)
-                files.save_weights(self.distiller, partial / files.WEIGHTS)
-                files.write_tree(files.optimizer_state(self.optimizer), partial, "optimizer")
+                files.save_state(weights, partial / files.WEIGHTS)
+                files.write_tree(files.with_text_keys(optimizer), partial, "optimizer")
                 kept = {"state": state.kept(), "scaler": self.scaler.state_dict(), "belongs": self.belongs}
                 files.write_tree(kept, partial, "state")
             accelerator.wait_for_everyone()
@@ -128,8 +133,9 @@ class Checkpointer:
         accelerator, state = self.accelerator, self.state
         kept = files.read_tree(newest, "state")
         check_belongs(newest, kept.get("belongs", {}), self.belongs)
-        files.load_weights(self.distiller, newest / files.WEIGHTS)
-        files.load_optimizer_state(self.optimizer, files.read_tree(newest, "optimizer"))
+        files.load_state(newest / files.WEIGHTS, self.placement.load_weights)
+        optimizer = files.read_tree(newest, "optimizer")
+        self.placement.load_optimizer_state(files.with_number_keys(optimizer))
         for name, value in kept["state"].items():
             setattr(state, name, value)
         state.history = [(int(step), float(score)) for step, score in state.history]
@@ -150,12 +156,13 @@ class Checkpointer:
         """Keep the weights as they are now, if the settings want the best."""
         if not self.settings.best:
             return
+        weights = self.placement.weights()
         if self.folder is None:
-            self.best = {k: v.detach().clone() for k, v in self.distiller.state_dict().items()}
+            self.best = {k: v.detach().clone() for k, v in weights.items()}
         elif self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._how_to_free():
-                files.save_weights(self.distiller, self.folder / BEST)
+                files.save_state(weights, self.folder / BEST)
 
     def load_best(self) -> None:
         """End with the best weights, if the settings want them and they are not the last."""
@@ -163,10 +170,10 @@ class Checkpointer:
         if not self.settings.best or last_is_best:
             return
         if self.folder is None:
-            self.distiller.load_state_dict(self.best)
+            self.placement.load_weights(self.best)
         else:
             self.accelerator.wait_for_everyone()
-            files.load_weights(self.distiller, self.folder / BEST)
+            files.load_state(self.folder / BEST, self.placement.load_weights)
 
     def last_good(self) -> str:
         """A sentence on what there is to go back to."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 from transformers import BertConfig, BertForSequenceClassification
 
 from limbeck import Callback, Distiller, Examples, Settings, Term, fit
@@ -81,6 +82,14 @@ class StopAt(Callback):
             state.stop = "enough"
 
 
+class TellCut(Callback):
+    """Says whether this rank keeps only its share of the weights."""
+
+    def on_start(self, state):
+        if all(isinstance(p, DTensor) for p in state.distiller.parameters()):
+            say("weights are cut")
+
+
 class KillAt(Callback):
     """Ends the process without any warning after a step."""
 
@@ -123,6 +132,7 @@ def main():
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--best", action="store_true")
     parser.add_argument("--cache", type=Path)
+    parser.add_argument("--gradients-every", type=int)
     parser.add_argument("--stages", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -136,9 +146,10 @@ def main():
         evaluate_every=4,
         log_every=2,
         best=arguments.best,
+        gradients_every=arguments.gradients_every,
     )
     trained = distiller(arguments.dropout, arguments.cache, STAGES if arguments.stages else ())
-    callbacks = [KillAt(arguments.kill_at)] if arguments.kill_at else []
+    callbacks = [TellCut(), *([KillAt(arguments.kill_at)] if arguments.kill_at else [])]
     callbacks += [StopAt(arguments.stop_at)] if arguments.stop_at else []
     if arguments.interrupt_at:
         interrupt_at(trained, *arguments.interrupt_at)
@@ -149,6 +160,7 @@ def main():
         say("interrupted")
         return
     assert Accelerator().num_processes == arguments.ranks
+    assert type(trained.export()) is BertForSequenceClassification
     say(f"{result.stopped} after {result.steps}")
     if int(os.environ.get("RANK", "0")) == 0:
         save_weights(trained, arguments.out)
