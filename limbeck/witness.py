@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from limbeck.teachers import ModuleInputs
 
@@ -46,6 +47,7 @@ class Watch:
         model: The model.
         paths: Which modules to watch; "" is the model itself.
         inputs: Whether to keep what they were given, too.
+        gives: Whether calls may give them other inputs than their own.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
@@ -56,25 +58,27 @@ class Watch:
         >>> watch.end()
     """
 
-    def __init__(self, model: nn.Module, paths: Iterable[str], inputs: bool = False) -> None:
+    def __init__(self, model: nn.Module, paths: Iterable[str], inputs: bool = False, gives: bool = False) -> None:
         self.inputs = inputs
+        self.handles: list[RemovableHandle] = []
         self._running: dict[int, Seen] = {}
         self._settled: dict[str, bool] = {}
         self._gave = False
-        self._handles = []
         for path in dict.fromkeys(paths):
             module = model.get_submodule(path)
-            self._handles.append(module.register_forward_pre_hook(_Before(self, path)))
-            self._handles.append(module.register_forward_hook(_After(self, path)))
+            if inputs or gives:
+                self.handles.append(module.register_forward_pre_hook(_Before(self, path)))
+            self.handles.append(module.register_forward_hook(_After(self, path)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_running": {}}  # a copy is made between calls
 
     def end(self) -> None:
-        """Take the hooks away."""
-        for handle in self._handles:
+        """Take the hooks away; nothing is kept from now on."""
+        self.inputs = False
+        for handle in self.handles:
             handle.remove()
-        self._handles.clear()
+        self.handles.clear()
 
     def call(
         self,
@@ -94,6 +98,7 @@ class Watch:
         self._gave = bool(given)
         with self._watching(Seen(given=given or {})) as seen:
             output = run(*args, **kwargs)
+        seen.given = {}
         self._settle(seen)
         return output, seen
 
@@ -273,7 +278,7 @@ class Witness:
             raise ValueError("student and teacher share weights; pass copy.deepcopy(teacher) as the teacher")
         self.pairs = list(pairs)
         self.layerwise = layerwise
-        self.student = Watch(student, [ours for ours, _ in self.pairs])
+        self.student = Watch(student, [ours for ours, _ in self.pairs], gives=layerwise)
         self.teacher = Watched(teacher, [theirs for _, theirs in self.pairs], inputs=layerwise)
         self._kept: dict[int, Kept] = {}
         self._group = 0
@@ -337,12 +342,15 @@ class Witness:
         """Let the student alone see a batch; returns what it returns."""
         kept = self._part(replica, "student")
         output, kept.student = self.student.call(run, *args, given=self._given(kept.teacher), **kwargs)
+        if kept.teacher is not None:
+            kept.teacher.inputs.clear()  # they were needed for the student alone
         return output
 
-    def saw(self, replica: int, side: str) -> bool:
-        """Whether a side, ``"student"`` or ``"teacher"``, saw a batch of which nothing was taken yet."""
+    def seen(self, side: str, replica: int = 0) -> Seen | None:
+        """What a side, ``"student"`` or ``"teacher"``, saw of a batch of which nothing was taken yet."""
         kept = self._kept.get(replica)
-        return kept is not None and getattr(kept, side) is not None
+        found: Seen | None = None if kept is None else getattr(kept, side)
+        return found
 
     def take(self) -> list[tuple[Any, Any]]:
         """Both values of each pair, of the last batch; they are then forgotten.

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from limbeck.compat.modelopt.config import ConfigError, KDLossConfig, LayerwiseKDConfig, Loss
+from limbeck.compat.modelopt.layers import Layer, layers_of
 from limbeck.compat.modelopt.loss_balancers import STUDENT_LOSS_KEY
 from limbeck.compat.modelopt.losses import logits_of
 from limbeck.registry import nearest
@@ -55,7 +57,7 @@ class DistillationModel(StandIn):
         layerwise = isinstance(config, LayerwiseKDConfig)
         self._witness = Witness(student, teacher.module, [pair for pair, _ in losses], layerwise)
         self._trained = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
-        self._only: str | None = None
+        self._only_teacher_fwd = self._only_student_fwd = False
         self._hidden = False
         self._replica = 0
         if layerwise:
@@ -66,14 +68,14 @@ class DistillationModel(StandIn):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the teacher and the student in training mode, the student alone in eval mode."""
         witness, replica = self._witness, self._replica
-        if self._only == "teacher":
+        if self._only_teacher_fwd:
             return witness.ask(args, kwargs, replica=replica)
-        if self._only == "student":
-            if witness.layerwise and not witness.saw(replica, "teacher"):
+        if self._only_student_fwd:
+            if witness.layerwise and witness.seen("teacher", replica) is None:
                 warnings.warn(NO_INPUTS, stacklevel=2)
             return witness.learn(self.student, args, kwargs, replica=replica)
         for side in ("student", "teacher"):
-            if self.training and witness.saw(replica, side):
+            if self.training and witness.seen(side, replica) is not None:
                 warnings.warn(NOT_USED.format(side), stacklevel=2)
         return witness.call(self.student, args, kwargs, replica=replica, later=not self.training)
 
@@ -131,6 +133,18 @@ class DistillationModel(StandIn):
         return list(zip(self._witness.pairs, self._losses, strict=True))
 
     @property
+    def _layers_to_loss(self) -> dict[tuple[Layer, Layer], Loss]:
+        return {layers_of(self._witness, self.student, pair): loss for pair, loss in self.losses_by_pair()}
+
+    @property
+    def _hook_handles(self) -> list[RemovableHandle]:
+        return [*self._witness.student.handles, *self._witness.teacher.watch.handles]
+
+    @property
+    def _intermediate_output(self) -> Any:
+        return Layer(self.student, "", "student", self._witness)._intermediate_output
+
+    @property
     def original_cls(self) -> type[nn.Module]:
         """The student's class."""
         return type(self.student)
@@ -154,14 +168,20 @@ class DistillationModel(StandIn):
     @contextmanager
     def only_teacher_forward(self, enable: bool = True) -> Iterator[None]:
         """Run the teacher alone for a while, and return its output."""
-        with self._running("teacher" if enable else self._only):
+        before, self._only_teacher_fwd = self._only_teacher_fwd, enable
+        try:
             yield
+        finally:
+            self._only_teacher_fwd = before
 
     @contextmanager
     def only_student_forward(self, enable: bool = True) -> Iterator[None]:
         """Run the student alone for a while."""
-        with self._running("student" if enable else self._only):
+        before, self._only_student_fwd = self._only_student_fwd, enable
+        try:
             yield
+        finally:
+            self._only_student_fwd = before
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode; what was kept of the other mode is forgotten."""
@@ -177,14 +197,6 @@ class DistillationModel(StandIn):
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(self._trained.get(name, parameter.requires_grad))
         return self.student
-
-    @contextmanager
-    def _running(self, only: str | None) -> Iterator[None]:
-        before, self._only = self._only, only
-        try:
-            yield
-        finally:
-            self._only = before
 
     @contextmanager
     def _without(self, name: str, enable: bool) -> Iterator[None]:
