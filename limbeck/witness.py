@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from limbeck.registry import nearest
 from limbeck.teachers import ModuleInputs
+from limbeck.types import STUDENT, TEACHER
 
 
 @dataclass
@@ -255,7 +257,7 @@ class Witness:
         layerwise: Whether each of the student's modules is given what the teacher's was given.
 
     Raises:
-        ValueError: student and teacher share weights.
+        ValueError: student and teacher share weights, or one of them has no such module.
 
     Example:
         >>> student, teacher = nn.Linear(2, 3), nn.Linear(2, 3)
@@ -277,6 +279,8 @@ class Witness:
         if any(id(parameter) in own for parameter in teacher.parameters()):
             raise ValueError("student and teacher share weights; pass copy.deepcopy(teacher) as the teacher")
         self.pairs = list(pairs)
+        for place, (model, side) in enumerate(((student, STUDENT), (teacher, TEACHER))):
+            _check_paths(model, side, [pair[place] for pair in self.pairs])
         self.layerwise = layerwise
         self.student = Watch(student, [ours for ours, _ in self.pairs], gives=layerwise)
         self.teacher = Watched(teacher, [theirs for _, theirs in self.pairs], inputs=layerwise)
@@ -333,14 +337,14 @@ class Witness:
     def ask(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, replica: int = 0) -> Any:
         """Let the teacher alone see a batch; returns what it returns."""
         output, seen = self.teacher.ask(args, kwargs, replica > 0)
-        self._part(replica, "teacher").teacher = seen
+        self._part(replica, TEACHER).teacher = seen
         return output
 
     def learn(
         self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, replica: int = 0
     ) -> Any:
         """Let the student alone see a batch; returns what it returns."""
-        kept = self._part(replica, "student")
+        kept = self._part(replica, STUDENT)
         output, kept.student = self.student.call(run, *args, given=self._given(kept.teacher), **kwargs)
         if kept.teacher is not None:
             kept.teacher.inputs.clear()  # they were needed for the student alone
@@ -365,8 +369,8 @@ class Witness:
             raise ValueError("there is nothing to compare; call the model on a batch first, once for each loss")
         return [
             (
-                joined([_output(student, ours, "student") for student, _ in both]),
-                joined([_output(teacher, theirs, "teacher") for _, teacher in both]),
+                joined([_output(student, ours, STUDENT) for student, _ in both]),
+                joined([_output(teacher, theirs, TEACHER) for _, teacher in both]),
             )
             for ours, theirs in self.pairs
         ]
@@ -394,9 +398,16 @@ class Witness:
             if self.layerwise:
                 _, student = self.student.call(run, *args, given=self._given(teacher), **kwargs)
         if student is None or teacher is None:
-            missing = "student" if student is None else "teacher"
+            missing = STUDENT if student is None else TEACHER
             raise ValueError(f"the {missing} has not seen the last batch, only the other side has; call it, too")
         return student, teacher
+
+
+def _check_paths(model: nn.Module, side: str, paths: list[str]) -> None:
+    known = dict(model.named_modules())
+    for path in paths:
+        if path not in known:
+            raise ValueError(f"the {side} has no module {path!r}; {nearest(path, set(known) - {''})}")
 
 
 def _output(seen: Seen, path: str, side: str) -> Any:
