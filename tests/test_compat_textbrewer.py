@@ -644,6 +644,10 @@ def test_several_tasks(tmp_path):
     assert 0.6 < seen.count("a") / len(seen) < 0.9  # six batches and two
     with pytest.raises(ValueError, match=r"model_T has the tasks \['a', 'b'\], and there is data for \['c'\]"):
         whole.train(whole, {"c": loader()}, 1)
+    optimizer = torch.optim.SGD(whole.model_S.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    whole.train(optimizer, scheduler, data, 3)  # as TextBrewer's first versions had it
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
 
 
 def test_functions_may_be_registered(brew):

@@ -27,7 +27,7 @@ from limbeck.compat.textbrewer.distiller_utils import (
 )
 from limbeck.compat.textbrewer.losses import CORRECT
 from limbeck.compat.textbrewer.presets import KD_LOSS_MAP, MATCH_LOSS_MAP, PROJ_MAP, find
-from limbeck.compat.textbrewer.training import Trains
+from limbeck.compat.textbrewer.training import Trains, in_either_order
 from limbeck.losses.base import full_precision
 from limbeck.teachers.remembered import Remembered
 from limbeck.teachers.watched import Watched
@@ -268,6 +268,7 @@ class MultiTaskDistiller(AbstractDistiller):
 
     reads_layers = True
 
+    @in_either_order
     def train(  # its second argument is the data of all tasks
         self,
         optimizer: torch.optim.Optimizer,
