@@ -69,6 +69,7 @@ class Loop:
         prepare: What is done to a batch before it is placed on the device.
 
     Raises:
+        TypeError: a loader that gives nothing.
         ValueError: epochs and steps, or neither; parameters that are in no part of the model; an empty loader.
 
     Example:
@@ -248,6 +249,9 @@ class Loop:
         self.model.train()
 
     def _check(self) -> None:
+        loader: Any = self.loader
+        if not isinstance(loader, Iterable):
+            raise TypeError(f"the loader gives batches, got {type(loader).__name__}; pass a DataLoader or a list")
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"train for epochs or for steps, got epochs={self.epochs} and steps={self.steps}")
         for name in ("epochs", "steps", "epoch_steps", "accumulation", "checkpoint_every", "keep"):
