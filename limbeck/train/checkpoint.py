@@ -221,6 +221,13 @@ def unused_folder(folder: Path, name: str) -> Path:
     return next(folder / each for each in names if latest(folder / each) is None)
 
 
+def remove_trainings(folder: Path, name: str) -> None:
+    """Remove the folders with checkpoints whose name begins so."""
+    for old in folder.glob(f"{name}*"):
+        if latest(old) is not None:
+            shutil.rmtree(old)
+
+
 def begin(folder: Path, step: int) -> Path:
     """Open the folder in which a checkpoint is prepared."""
     partial = partial_folder(folder, step)

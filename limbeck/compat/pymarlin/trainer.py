@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -196,7 +195,8 @@ class Trainer:
             self._save_module()
             self.module.on_end_train(self.state.step)
             self.stats.log_long_stats(self.state.step)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def validate(self) -> list[Any] | None:
         """Validate on every loader.
@@ -293,11 +293,8 @@ class Trainer:
 
     def _refuse_own(self, backend: Any, checkpointer: Any) -> None:
         if not isinstance(backend, TrainerBackend):
-            kind, cure = (
-                type(backend).__name__,
-                "SingleProcess(), SingleProcessAmp() or DDPTrainerBackend",
-            )
-            raise TypeError(f"trainer_backend is {kind}, and own ones are not supported; use {cure}")
+            kind = type(backend).__name__
+            raise TypeError(f"trainer_backend is {kind}, and own ones are not supported; use SingleProcess()")
         if checkpointer is not None:
             raise TypeError("checkpointers of a script's own are not supported; use args.checkpointer_args")
         if type(self.module).get_state is not ModuleInterface.get_state:
@@ -333,28 +330,27 @@ class Trainer:
         args = self.args.checkpointer_args
         if not args.load_dir:
             return None
-        found = files.newest_within(Path(args.load_dir))
-        if args.load_filename:
-            found = Path(args.load_dir, args.load_filename)
-            if not found.is_dir():
-                raise ValueError(f"there is no checkpoint {found}; it is a folder such as model/step-00000120")
-        return found
+        place, target = Path(args.load_dir), Path(args.save_dir).resolve()
+        if args.delete_existing_checkpoints and place.resolve().is_relative_to(target):
+            raise ValueError(
+                f"delete_existing_checkpoints=True would delete what load_dir={args.load_dir!r} holds"
+            )
+        if not args.load_filename:
+            return files.newest_within(place)
+        if not (place / args.load_filename).is_dir():
+            name = args.load_filename
+            raise ValueError(
+                f"there is no checkpoint {name!r} in {place}; it is a folder such as model/step-00000120"
+            )
+        return place / args.load_filename
 
     def _chosen_folder(self) -> Path | None:
         """Where this training's checkpoints go, chosen by the first rank."""
         args = self.args.checkpointer_args
-        if not args.checkpoint:
-            return None
         place = Path(args.save_dir)
-        old = [folder for folder in place.glob(f"{args.file_prefix}*") if files.latest(folder)]
         if args.delete_existing_checkpoints and self.is_main_process:
-            for folder in old:
-                if self._begin is not None and self._begin.parent.resolve() == folder.resolve():
-                    raise ValueError(
-                        f"delete_existing_checkpoints=True would delete what load_dir={args.load_dir!r} holds"
-                    )
-                shutil.rmtree(folder)
-        chosen = [files.unused_folder(place, args.file_prefix)]
+            files.remove_trainings(place, args.file_prefix)
+        chosen = [files.unused_folder(place, args.file_prefix) if args.checkpoint else None]
         return broadcast_object_list(chosen)[0] if self.is_distributed else chosen[0]
 
     def _save_module(self) -> None:
