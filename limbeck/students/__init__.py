@@ -2,5 +2,6 @@
 
 from limbeck.students.depth import take_layers
 from limbeck.students.heads import Heads
+from limbeck.students.width import shrink
 
-__all__ = ["Heads", "take_layers"]
+__all__ = ["Heads", "shrink", "take_layers"]
