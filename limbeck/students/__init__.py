@@ -1,7 +1,10 @@
 """Students: functions that make a smaller model from a trained one, and one model for several tasks."""
 
 from limbeck.students.depth import take_layers
+from limbeck.students.fresh import from_config
 from limbeck.students.heads import Heads
+from limbeck.students.lora import merged, with_lora
+from limbeck.students.vocabulary import cut_tokenizer
 from limbeck.students.width import shrink
 
-__all__ = ["Heads", "shrink", "take_layers"]
+__all__ = ["Heads", "cut_tokenizer", "from_config", "merged", "shrink", "take_layers", "with_lora"]

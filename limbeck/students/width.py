@@ -12,7 +12,7 @@ from torch import nn
 from limbeck.registry import nearest
 from limbeck.students.axes import GROUPS, HEADS, HIDDEN, UNITS, VOCABULARY, Axes, find_axes
 from limbeck.students.choice import choose
-from limbeck.students.depth import _is_transformers_model
+from limbeck.students.depth import is_transformers_model
 from limbeck.students.importance import MEASURES, Batch, Importance, Scores
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -77,7 +77,7 @@ def shrink(
         >>> student.config.hidden_size, student.config.num_attention_heads, student.config.intermediate_size
         (8, 2, 20)
     """
-    if not _is_transformers_model(model):
+    if not is_transformers_model(model):
         raise TypeError(f"a {type(model).__name__} has no config to shrink by; pass a transformers model")
     for name, value, known in (("importance", importance, MEASURES), ("init", init, INITS)):
         if value not in known:
