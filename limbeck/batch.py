@@ -5,12 +5,12 @@ Shape legend: B examples, L positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor, nn
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from limbeck.types import (
@@ -18,6 +18,7 @@ from limbeck.types import (
     IGNORE_INDEX,
     INPUTS,
     LABELS,
+    LOGITS,
     STUDENT,
     TASK,
     TEACHER,
@@ -27,6 +28,7 @@ from limbeck.types import (
 )
 
 ATTENTION_MASK = "attention_mask"
+DECODER_IDS, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
 PARTS = {STUDENT, TEACHER, TEACHER_CACHE}
 
 
@@ -313,41 +315,95 @@ def device_of(batch: Batch) -> torch.device | None:
     return found[0] if found else None
 
 
+def labels_entry(tap: str) -> str | None:
+    """The entry of a batch that a tap reads as labels; None of a tap that reads a model.
+
+    Example:
+        >>> labels_entry("labels"), labels_entry("labels.start_positions"), labels_entry("logits")
+        ('labels', 'start_positions', None)
+    """
+    name, _, entry = tap.partition(".")
+    return (entry or LABELS) if name == LABELS else None
+
+
+def next_tokens(batch: Batch, entries: Iterable[str] = (LABELS,)) -> Batch:
+    """The batch with the labels of each position's *next* token: all moved left by one, and -100 at the end.
+
+    Args:
+        batch: The batch.
+        entries: Those that are read as labels, (..., L); others than ``labels`` may also be (B,), labels of whole
+            examples, and stay.
+
+    Raises:
+        ValueError: ``labels`` without positions, or labels that are no whole numbers.
+
+    Example:
+        >>> next_tokens({"labels": torch.tensor([[5, 6, 7]])})["labels"]
+        tensor([[   6,    7, -100]])
+    """
+    moved: dict[str, Tensor] = {}
+    for key in entries:
+        labels = batch.get(key)
+        if not isinstance(labels, Tensor) or (labels.ndim == 1 and key != LABELS):
+            continue
+        if labels.ndim < 2 or labels.is_floating_point():
+            raise ValueError(
+                f"causal=True moves the labels of tokens (B, L), whole numbers, and the batch's {key!r} are "
+                f"{labels.dtype} of shape {tuple(labels.shape)}; leave causal out"
+            )
+        moved[key] = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+    return {**batch, **moved}
+
+
 def valid_positions(batch: Batch, key: str) -> Tensor | None:
     """The mask of a batch that is called `key`: (B,) or (B, L), True where a position counts.
 
     Args:
         batch: The batch.
-        key: ``"labels"`` for the positions that carry a label, else the name of an entry that is a mask.
+        key: ``"labels"`` for the positions that carry a label, ``"labels.entry"`` for those where another entry
+            is read as labels, else the name of an entry that is a mask.
 
     Returns:
         The mask, or None where there is none (all count). Labels that are numbers to predict have none.
     """
-    value = batch.get(key)
-    if value is None or (key == LABELS and torch.is_floating_point(value)):
+    entry = labels_entry(key)
+    value = batch.get(key if entry is None else entry)
+    if value is None or (entry is not None and torch.is_floating_point(value)):
         return None
-    valid: Tensor = value != (IGNORE_INDEX if key == LABELS else 0)
+    valid: Tensor = value != (0 if entry is None else IGNORE_INDEX)
     return valid
 
 
-def mask_key(shape: torch.Size, batch: Batch, of_logits: bool = False) -> str | None:
+def mask_key(shape: Size, batch: Batch, tap: str = "") -> str | None:
     """Which mask belongs to a tensor of this shape, if one fits: the attention mask, or of logits the labels' own.
+
+    What a decoder says beside an encoder has the decoder's mask, or the labels'.
+
+    Args:
+        shape: (B, L, ...) or, between tokens, (B, heads, L, L).
+        batch: The batch.
+        tap: Where the tensor was read.
 
     Example:
         >>> batch = {"attention_mask": torch.ones(2, 5), "labels": torch.zeros(2)}
         >>> mask_key(torch.Size([2, 5, 8]), batch), mask_key(torch.Size([2, 3]), batch)
         ('attention_mask', None)
     """
-    for key in (LABELS, ATTENTION_MASK) if of_logits else (ATTENTION_MASK,):
-        mask = batch.get(key)
-        if isinstance(mask, Tensor) and mask.ndim == 2 and len(shape) == 3 and mask.shape == shape[:2]:
-            return key
-    mask = batch.get(ATTENTION_MASK)  # attention maps (B, heads, L, L)
-    if (
-        isinstance(mask, Tensor)
-        and len(shape) == 4
-        and shape[2] == shape[3]
-        and mask.shape == (shape[0], shape[2])
-    ):
-        return ATTENTION_MASK
-    return None
+    keys: tuple[str, ...] = (LABELS, ATTENTION_MASK) if tap == LOGITS else (ATTENTION_MASK,)
+    if DECODER_IDS in batch:
+        keys = _masks_beside_a_decoder(tap)
+    positions: Size | None = Size(shape[:2]) if len(shape) == 3 else None
+    if len(shape) == 4 and shape[2] == shape[3]:  # attention maps (B, heads, L, L)
+        positions = Size([shape[0], shape[2]])
+    fitting = (k for k in keys if isinstance(batch.get(k), Tensor) and batch[k].shape == positions)
+    return next(fitting, None)
+
+
+def _masks_beside_a_decoder(tap: str) -> tuple[str, ...]:
+    """The masks that a tensor of an encoder-decoder model may have, the likeliest first."""
+    if tap == LOGITS:
+        return LABELS, DECODER_MASK
+    if tap.startswith("cross_attentions"):  # between the tokens of two sequences
+        return ()
+    side = next((part for part in tap.split(".") if part in ("encoder", "decoder")), tap)
+    return (DECODER_MASK, LABELS) if side.startswith("decoder") else (ATTENTION_MASK,)

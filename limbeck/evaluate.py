@@ -84,7 +84,7 @@ class Bootstrap:
         is computed on these few pairs with their counts as weights.
         """
         score, labels = self.metric.score, self.labels
-        if self.metric.numbers:
+        if self.metric.numbers or self.metric.margin:
             return lambda chosen: score(predicted[chosen], labels[chosen], None)
         pairs, number = np.unique(np.stack([labels, predicted]), axis=1, return_inverse=True)
         number = number.reshape(-1)

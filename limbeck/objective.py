@@ -6,24 +6,23 @@ It compares two Signals and knows no models; the Distiller reads those.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 
-from limbeck.balance import Balance, build_balance, chosen, gradient_products
-from limbeck.batch import ATTENTION_MASK, batch_size, mask_key, task_of, valid_positions
+from limbeck.balance import build_balance, chosen, gradient_products
+from limbeck.batch import ATTENTION_MASK, DECODER_MASK, batch_size, mask_key, task_of, valid_positions
 from limbeck.losses.call import Side, Target, compare_valid
 from limbeck.projectors import Projector, build_projector
 from limbeck.reduce import fitting, masked_mean
 from limbeck.registry import nearest
-from limbeck.terms import Term
+from limbeck.terms import Term, in_term, where
 from limbeck.types import EXAMPLE_ID, LABELS, Batch, Output, Signal, Sparse
 
-EXAMPLES, LOGITS, IGNORE = "examples", "logits", "ignore_index"
+EXAMPLES, IGNORE = "examples", "ignore_index"
 
 Borrow = Callable[[str, str | None], nn.Module]
 """Finds a module of the teacher by its path; of one task's teacher, where the second names a task."""
@@ -84,7 +83,7 @@ class Objective(nn.Module):
         self.balance_spec = balance
         self.balance = build_balance(balance, [t.name for t in terms])
         self.tasks = tuple(dict.fromkeys(t.task for t in terms if t.task is not None))
-        _check_several(self.balance, balance, self.tasks)
+        self.check_every_term(False)
         self._borrowed: dict[str, dict[str, nn.Module]] = {}
         for term in terms:
             with in_term(term):
@@ -103,10 +102,44 @@ class Objective(nn.Module):
             raise ValueError(f"no term is for the batch's task {task!r}; {nearest(task, self.tasks)}")
         return task
 
-    def active(self, batch: Batch) -> tuple[Term, ...]:
-        """The terms that a batch counts for: those of its task, and those of all."""
+    def active(self, batch: Batch, names: Collection[str] | None = None) -> tuple[Term, ...]:
+        """The terms that a batch counts for: those of its task, and those of all.
+
+        Args:
+            batch: The batch.
+            names: The only ones that count; None for all.
+
+        Raises:
+            ValueError: there is none.
+        """
         task = self.task(batch)
-        return tuple(t for t in self.terms if t.task in (None, task))
+        found = tuple(t for t in self.terms if t.task in (None, task) and (names is None or t.name in names))
+        if not found:
+            raise ValueError(
+                f"no term for the batch's task {task!r} counts in this stage, only {', '.join(names or ())}; name "
+                "one of each task in the stage's terms"
+            )
+        return found
+
+    def check_every_term(self, staged: bool) -> None:
+        """Refuse a balance that needs all terms in each step where some do not always count.
+
+        Args:
+            staged: Whether stages choose between terms.
+
+        Raises:
+            ValueError: it does.
+        """
+        if self.balance.every_term and (self.tasks or staged):
+            kind = self.balance_spec if isinstance(self.balance_spec, str) else self.balance_spec["kind"]
+            some = f"some are for task {self.tasks[0]!r} alone" if self.tasks else "stages choose between them"
+            raise ValueError(
+                f"balance {kind!r} needs all terms in each step, and {some}; use 'static' or 'uncertainty'"
+            )
+
+    def beside(self, term: Term) -> list[nn.Module]:
+        """What trains with a term: its projection, and what its loss learns."""
+        return [modules[_key(term)] for modules in (self.projections, self.learned) if _key(term) in modules]
 
     def forward(
         self,
@@ -116,6 +149,7 @@ class Objective(nn.Module):
         counts: Mapping[str, float] | None = None,
         progress: float | None = None,
         measured: Sequence[nn.Parameter] | None = None,
+        names: Collection[str] | None = None,
     ) -> Output:
         """Compare two signals of one batch.
 
@@ -126,8 +160,9 @@ class Objective(nn.Module):
             counts: Numbers of valid positions in the whole step, when this batch is a part of it.
             progress: Where training is, from 0 to 1; needed where anything is scheduled.
             measured: Parameters in which each term's gradient is to be measured; None for no measurement.
+            names: Names of the terms that count now; None for all.
         """
-        active = self.active(batch)
+        active = self.active(batch, names)
         values = {t.name: self._value(t, student, teacher, batch, counts, progress) for t in active}
         products = None if measured is None else gradient_products(tuple(values.values()), measured)
         weights = [t.weight_at(progress) for t in self.terms]
@@ -159,14 +194,15 @@ class Objective(nn.Module):
     def count(self, batch: Batch) -> dict[str, float]:
         """Count the valid positions of a batch, for each mask that a term may use."""
         counts = {EXAMPLES: float(batch_size(batch))}
-        for key in dict.fromkeys((ATTENTION_MASK, LABELS, *(t.mask for t in self.terms if t.mask))):
+        own = [t.mask for t in self.terms if t.mask] + [t.teacher_tap for t in self.terms if t.reads_labels]
+        for key in dict.fromkeys((ATTENTION_MASK, DECODER_MASK, LABELS, *own)):
             mask = valid_positions(batch, key)
             if mask is not None:
                 counts[key] = float(mask.sum())
         for term in self.active(batch):
-            own = _ignored(term)
-            if own is not None:
-                counts[own] = float((_labels(batch) != term.comparison.options[IGNORE]).sum())
+            known = _ignored(term)
+            if known is not None:
+                counts[known] = float((_labels(term, batch) != term.comparison.options[IGNORE]).sum())
         return counts
 
     def plan(self, student: Signal, teacher: Signal, batch: Batch) -> list[PlannedTerm]:
@@ -188,8 +224,7 @@ class Objective(nn.Module):
         wrong = next((v for v in ends if not math.isfinite(v)), None)
         if wrong is not None:
             raise ValueError(f"{where(term)} is {wrong} before any training; check both models' outputs")
-        own = [modules[_key(term)] for modules in (self.projections, self.learned) if _key(term) in modules]
-        parameters = sum(p.numel() for module in own for p in module.parameters())
+        parameters = sum(p.numel() for module in self.beside(term) for p in module.parameters())
         return PlannedTerm(term, _shape(read), _shape(target), _mask_of(term, read, batch), value, parameters)
 
     def _value(
@@ -250,52 +285,6 @@ class Objective(nn.Module):
         return projected
 
 
-def _check_several(balance: Balance, spec: str | Mapping[str, Any], tasks: Sequence[str]) -> None:
-    if tasks and balance.every_term:
-        kind = spec if isinstance(spec, str) else spec["kind"]
-        raise ValueError(
-            f"balance {kind!r} needs all terms in each step, and some are for task {tasks[0]!r} alone; "
-            "use 'static' or 'uncertainty'"
-        )
-
-
-def check_same_tokens(terms: Sequence[Term], student: Signal, teacher: Signal, own: Batch, theirs: Batch) -> None:
-    """Refuse to compare token by token what two models were given in different tokens.
-
-    Args:
-        terms: The terms.
-        student: What was read of the student.
-        teacher: What was read of the teacher.
-        own: The batch as the student is given it; with that of the teacher, it tells by the attention masks.
-        theirs: The batch as the teacher is given it.
-
-    Raises:
-        ValueError: a term reads both models by token, and the masks differ. (Of masks of one shape an accelerator
-            is not asked, since it would have to wait.)
-    """
-    ours, its = own.get(ATTENTION_MASK), theirs.get(ATTENTION_MASK)
-    if not (isinstance(ours, Tensor) and isinstance(its, Tensor) and ours.ndim == its.ndim == 2):
-        return
-    if ours.shape == its.shape and (ours.device.type != "cpu" or torch.equal(ours, its)):
-        return
-    for term in terms:
-        reads_tokens = not term.reads_labels and any(_by_token(student[tap], ours) for tap in term.taps)
-        if reads_tokens and any(_by_token(teacher[tap], its) for tap in term.teacher_taps):
-            raise ValueError(
-                f"{where(term)} compares token by token, and the two models are given different tokens (up to "
-                f"{ours.shape[1]} and {its.shape[1]} here), as two tokenizers make them of one text; compare the "
-                "logits or one vector of each text (the input of the last layer, say), or take a student with the "
-                "teacher's tokenizer"
-            )
-
-
-def _by_token(value: Any, mask: Tensor) -> bool:
-    """Whether a value has the positions of a mask (B, L): (B, L, ...) or, between tokens, (B, heads, L, L)."""
-    shape = tuple(value.shape)
-    between = len(shape) == 4 and shape[2] == shape[3] == mask.shape[1]
-    return between or (len(shape) > 2 and shape[:2] == tuple(mask.shape))
-
-
 def _ensure_sized(module: nn.Module, read: Side, target: Target) -> None:
     assert isinstance(module, Projector)
     if not module.sized:
@@ -306,7 +295,7 @@ def _ensure_sized(module: nn.Module, read: Side, target: Target) -> None:
 def _sides(term: Term, student: Signal, teacher: Signal, batch: Batch) -> tuple[Side, Target]:
     """What a term compares: one tensor on each side, or a tuple of them."""
     read = tuple(student[tap] for tap in term.taps)
-    target = (_labels(batch),) if term.reads_labels else tuple(teacher[tap] for tap in term.teacher_taps)
+    target = (_labels(term, batch),) if term.reads_labels else tuple(teacher[tap] for tap in term.teacher_taps)
     return (read[0], target[0]) if len(read) == 1 else (read, target)
 
 
@@ -331,12 +320,12 @@ def _mask_of(term: Term, read: Side, batch: Batch) -> str | None:
     """The entry of the batch that masks a term: the one it names, the labels' own, or the one whose shape fits."""
     if term.mask is None:
         if term.reads_labels:
-            return _ignored(term) or LABELS
+            return _ignored(term) or term.teacher_tap
         shape = _first(read).shape
         between_tokens = len(shape) == 4  # attention has no positions in front: its loss has to ask for the mask
         if between_tokens and "mask" not in term.comparison.asks:
             return None
-        return mask_key(shape, batch, of_logits=term.taps == (LOGITS,))
+        return mask_key(shape, batch, term.tap)
     _entry(batch, term.mask)
     return term.mask
 
@@ -344,21 +333,22 @@ def _mask_of(term: Term, read: Side, batch: Batch) -> str | None:
 def _ignored(term: Term) -> str | None:
     """The name, among masks, of the labels but for those that the term's own ``ignore_index`` leaves out."""
     index = term.comparison.options.get(IGNORE) if term.reads_labels else None
-    return None if index is None else f"{LABELS} but {index}"
+    return None if index is None else f"{term.teacher_tap} but {index}"
 
 
 def _valid(term: Term, key: str, batch: Batch) -> Tensor | None:
     """The mask of a name; see `_mask_of`."""
     if key != _ignored(term):
         return valid_positions(batch, key)
-    known: Tensor = _labels(batch) != term.comparison.options[IGNORE]
+    known: Tensor = _labels(term, batch) != term.comparison.options[IGNORE]
     return known
 
 
-def _labels(batch: Batch) -> Tensor:
-    labels = batch.get(LABELS)
+def _labels(term: Term, batch: Batch) -> Tensor:
+    labels = batch.get(str(term.labels))
     if not isinstance(labels, Tensor):
-        raise ValueError(f"the batch has no labels, only {sorted(batch)}; drop the term or add them")
+        what = LABELS if term.labels == LABELS else f"{term.labels!r} to read as labels"
+        raise ValueError(f"the batch has no {what}, only {sorted(batch)}; drop the term or add them")
     return labels
 
 
@@ -368,22 +358,6 @@ def _entry(batch: Batch, key: str) -> Tensor:
         raise ValueError(f"the batch has no {kind}; {nearest(key, batch)}")
     entry: Tensor = batch[key]
     return entry
-
-
-def where(term: Term) -> str:
-    """A term in an error message."""
-    return f"term {term.name!r} ({term.tap} -> {term.teacher_tap})"
-
-
-@contextmanager
-def in_term(term: Term, side: str = "") -> Iterator[None]:
-    """Say in which term an error arose."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{where(term)}: {side}{error}") from None
-    except TypeError as error:  # often from within the loss, hence with the place where it arose
-        raise TypeError(f"{where(term)}: {side}{error}") from error
 
 
 def _checked_terms(terms: Sequence[Term]) -> tuple[Term, ...]:

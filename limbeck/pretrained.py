@@ -85,6 +85,28 @@ def load_with_head(
     return model, own and not absent
 
 
+def load_backbone(source: str | Path, what: str = "a model") -> nn.Module:
+    """Load the part of a transformers model below its head; a pooler that the source lacks is new.
+
+    Args:
+        source: A folder or hub id, of a model with a head or without.
+        what: What is loaded, in error messages.
+
+    Raises:
+        ValueError: nothing can be loaded, or a weight is missing, which would be random.
+
+    Example:
+        >>> load_backbone("no/such/folder/here", "a text encoder")
+        Traceback (most recent call last):
+        ValueError: cannot load a text encoder from 'no/such/folder/here': there is no such folder
+    """
+    from transformers import AutoModel
+
+    model, absent = _load_weights(AutoModel, source, load_config(source, what), what)
+    _refuse_random([name for name in absent if POOLER not in name.split(".")], source)
+    return model
+
+
 def load_tokenizer(source: str | Path) -> Any:
     """Load a tokenizer that can pad.
 

@@ -3,12 +3,14 @@
 A tap is a string. It names a module by its path, ``"encoder.layer.3"``, and reads that module's output; or an
 output of the whole model by its name, ``"logits"``, ``"hidden_states.3"``, ``"attentions.5"``. After a ``#``
 comes what to take where a module returns several things: ``"encoder#1"`` the second item, ``"encoder#pooled"``
-a key, ``"classifier#input"`` the module's first input instead of its output.
+a key, ``"classifier#input"`` the module's first input instead of its output; `Picked` takes it by a function.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -43,15 +45,48 @@ OUTPUT_NAMES = frozenset(
 ON_REQUEST = ("hidden_states", "attentions")
 """Outputs that a transformers model returns only when it is asked with ``output_<name>=True``."""
 
+HIDDEN_STATES = "hidden_states"
+
 INPUT = "input"
 """The part of a tap that asks for a module's input, ``"classifier#input"``."""
 
 Read = Callable[[Any], Mapping[str, Any]]
 
 
+class Picked(str):
+    """A tap with a function that takes the tensor out of what the module, or the whole model, returns.
+
+    Args:
+        path: The module's path; ``""`` is the whole model.
+        pick: Takes what the module returned and gives a tensor.
+        name: Its name, which stands behind a ``#`` and tells apart two picks of one place; it, and not the
+            function, is what a cache of the teacher goes by.
+
+    Example:
+        >>> half = Picked("encoder", lambda output: output[0][:, :2], "half")
+        >>> half, parse(half, ["encoder"]).pick is half.pick
+        ('encoder#half', True)
+    """
+
+    pick: Callable[[Any], Tensor]
+
+    def __new__(cls, path: str, pick: Callable[[Any], Tensor], name: str) -> Picked:
+        """A string, so that it stands wherever a tap does."""
+        if not callable(pick):
+            raise TypeError(f"pick is a function of what a module returns, got {pick!r}")
+        tap = super().__new__(cls, f"{path}#{name}")
+        tap.pick = pick
+        return tap
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """What copies of it are made of."""
+        path, _, name = self.partition("#")
+        return path, self.pick, name
+
+
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """A parsed tap: a module's path, or None for an output of the model, and which part of it.
+    """A parsed tap: a module's path, or None for an output of the model, and which part of it, or a function.
 
     Example:
         >>> parse("encoder#1", ["encoder"])
@@ -64,6 +99,7 @@ class Tap:
     module: str | None
     name: str
     part: str
+    pick: Callable[[Any], Tensor] | None = dataclasses.field(default=None, repr=False)
 
 
 def parse(text: str, paths: Iterable[str], any_output: bool = False) -> Tap:
@@ -80,7 +116,7 @@ def parse(text: str, paths: Iterable[str], any_output: bool = False) -> Tap:
     paths = set(paths)
     path, _, part = text.partition("#")
     if path in paths:
-        return Tap(text, module=path, name="", part=part)
+        return Tap(text, module=path, name="", part=part, pick=text.pick if isinstance(text, Picked) else None)
     name, _, index = text.partition(".")
     if name in OUTPUT_NAMES or (any_output and "#" not in text):
         return Tap(text, module=None, name=name, part=index)
@@ -171,8 +207,24 @@ def requested_outputs(taps: Iterable[Tap]) -> dict[str, bool]:
     return {f"output_{name}": True for name in wanted}
 
 
+@dataclasses.dataclass
+class _Sight:
+    """What one thread sees of one forward pass."""
+
+    recording: bool = False
+    seen: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    versions: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def forget(self) -> None:
+        self.seen.clear()
+        self.versions.clear()
+
+
 class Recorder:
     """Reads taps while a model runs. Hooks exist only while armed, or pinned for `torch.compile`.
+
+    Each thread that arms it sees its own forward pass alone: the replicas of `torch.nn.DataParallel` share their
+    hooks, which then have to be pinned.
 
     Args:
         model: The model to read.
@@ -197,22 +249,23 @@ class Recorder:
         self.cloned: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._pinned = False
-        self._recording = False
-        self._seen: dict[str, Tensor] = {}
-        self._versions: dict[str, int] = {}
+        # One thread uses the same object time and again: what was compiled would be compiled anew for another.
+        self._latest = _Sight()
+        self._free = [self._latest]
+        self._of_threads: dict[int, _Sight] = {}
 
     @contextmanager
     def armed(self) -> Iterator[None]:
-        """Record what the taps see inside the block; what was seen before is forgotten."""
-        self._seen.clear()
-        self._versions.clear()
+        """Record what the taps see inside the block; what this thread saw before is forgotten."""
+        sight = self._latest = self._sight()
+        sight.forget()
         if not self._pinned:
             self._attach()
-        self._recording = True
+        sight.recording = True
         try:
             yield
         finally:
-            self._recording = False
+            sight.recording = False
             if not self._pinned:
                 self._detach()
 
@@ -235,24 +288,41 @@ class Recorder:
         """
         named = None
         found = {}
+        sight = self._sight()
         for text, tap in self.taps.items():
             if tap.module is not None:
-                if text not in self._seen:
+                if text not in sight.seen:
                     raise ValueError(f"the module of tap {text!r} did not run in this forward pass")
-                found[text] = self._seen[text]
+                found[text] = sight.seen[text]
                 continue
             named = read_output(output, self.read) if named is None else named
+            if text in named:  # a name with dots
+                found[text] = pick(named[text], "", text)
+                continue
             if tap.name not in named:
                 raise ValueError(f"the model gave no {tap.name!r}; {nearest(tap.name, named)}")
             found[text] = pick(named[tap.name], tap.part, text)
-        self._seen.clear()
+        sight.forget()
+        del self._of_threads[threading.get_ident()]
+        self._free.append(sight)
         return found
 
     def overwritten(self) -> set[str]:
         """The taps whose tensor a later in-place operation changed; they are cloned from now on."""
-        changed = {t for t, v in self._versions.items() if self._seen[t]._version != v}
+        sight = self._sight()
+        changed = {t for t, v in sight.versions.items() if sight.seen[t]._version != v}
         self.cloned |= changed
         return changed
+
+    def _sight(self) -> _Sight:
+        """What this thread sees, from when it first arms until it has collected."""
+        thread = threading.get_ident()
+        if thread not in self._of_threads:
+            try:
+                self._of_threads[thread] = self._free.pop()
+            except IndexError:
+                self._of_threads[thread] = _Sight()
+        return self._of_threads[thread]
 
     def _attach(self) -> None:
         modules = dict(self.model.named_modules())
@@ -260,8 +330,8 @@ class Recorder:
             if tap.module is not None:
                 module = modules[tap.module]
                 handle = (
-                    module.register_forward_pre_hook(_InputHook(self, tap))
-                    if tap.part == INPUT
+                    module.register_forward_pre_hook(_InputHook(self, tap), with_kwargs=True)
+                    if tap.part == INPUT and tap.pick is None
                     else module.register_forward_hook(_OutputHook(self, tap))
                 )
                 self._handles.append(handle)
@@ -277,19 +347,20 @@ class Recorder:
         Raises:
             ValueError: the module ran twice in one forward pass.
         """
-        if not self._recording:
+        compiling = torch.compiler.is_compiling()
+        sight = self._latest if compiling else self._of_threads.get(threading.get_ident())
+        if sight is None or not sight.recording:
             return
-        if tap.text in self._seen:
+        if tap.text in sight.seen:
             raise ValueError(
                 f"the module of tap {tap.text!r} ran more than once in one forward pass; "
                 "tap an output of the model instead, such as 'hidden_states.3'"
             )
         # A compiled tensor has no version that would tell of a later change in place.
-        compiling = torch.compiler.is_compiling()
         kept = tensor.clone() if compiling or tap.text in self.cloned else tensor
-        self._seen[tap.text] = kept
+        sight.seen[tap.text] = kept
         if not compiling and not kept.is_inference():
-            self._versions[tap.text] = kept._version
+            sight.versions[tap.text] = kept._version
 
 
 @dataclasses.dataclass
@@ -300,7 +371,11 @@ class _OutputHook:
     tap: Tap
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        self.recorder.record(self.tap, pick(output, self.tap.part, self.tap.text))
+        if self.tap.pick is None:
+            tensor = pick(output, self.tap.part, self.tap.text)
+        else:
+            tensor = pick(self.tap.pick(output), "", self.tap.text)
+        self.recorder.record(self.tap, tensor)
 
 
 @dataclasses.dataclass
@@ -310,5 +385,18 @@ class _InputHook:
     recorder: Recorder
     tap: Tap
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.recorder.record(self.tap, pick(inputs, "", self.tap.text))
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        name = None if inputs else first_named(module, named)
+        first = inputs if name is None else named[name]
+        self.recorder.record(self.tap, pick(first, "", self.tap.text))
+
+
+def first_named(module: nn.Module, named: Mapping[str, Any]) -> str | None:
+    """The name under which a module was given its first input, where it was by name.
+
+    Example:
+        >>> first_named(nn.Linear(2, 3), {"input": torch.zeros(1, 2)})
+        'input'
+    """
+    first = next(iter(inspect.signature(module.forward).parameters), "")
+    return next((name for name in (first, HIDDEN_STATES) if name in named), None)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from limbeck.batch import labels_entry
 from limbeck.losses import LOSSES, Comparison, compare_by, traits_of
 from limbeck.losses.base import SUPPLIED
 from limbeck.losses.call import TransformSpec, takes_several
 from limbeck.projectors import build_projector
 from limbeck.registry import nearest, refuse_unknown
 from limbeck.schedules import Scheduled, build_schedule, value_at
-from limbeck.types import LABELS
+from limbeck.types import LABELS, LOGITS
 
 Taps = str | Sequence[str]
 Weight = float | Scheduled | Mapping[str, Any] | Callable[[float], float]
@@ -32,7 +34,8 @@ class Term:
     Args:
         tap: Where to read the student: a module path, ``"logits"``, ``"hidden_states.3"``; a list of them, for a
             loss over several places; or ``"labels"``, which compares the student's logits with the batch's labels.
-        teacher_tap: Where to read the teacher; by default the same places. ``"labels"`` reads the batch's labels.
+        teacher_tap: Where to read the teacher; by default the same places. ``"labels"`` reads the batch's labels,
+            ``"labels.start_positions"`` another entry of the batch as labels.
         loss: A registered name, ``"package.module:function"``, or a function ``(student, teacher, *, options)``.
         weight: Factor of this term in the sum; weights need not sum to one. A number, or one that changes:
             ``{"schedule": "linear_decay", "base": 0.9}``, or a function of progress from 0 to 1.
@@ -96,7 +99,7 @@ class Term:
             raise ValueError(f"loss {comparison.name!r} compares one place with one; make a term for each tap")
         if mask is not None and not isinstance(mask, str):
             raise ValueError(f"mask names an entry of the batch, got {mask!r}")
-        own_name = comparison.name if taps == ("logits",) else f"{comparison.name}[{'+'.join(taps)}]"
+        own_name = comparison.name if taps == (LOGITS,) else f"{comparison.name}[{'+'.join(taps)}]"
         if task is not None and (not isinstance(task, str) or not task):
             raise ValueError(f"a term's task is a name, or None for all tasks, got {task!r}")
         name = name or (own_name if task is None else f"{task}.{own_name}")
@@ -143,7 +146,12 @@ class Term:
     @property
     def reads_labels(self) -> bool:
         """Whether this term compares with the batch's labels and not with a teacher."""
-        return self.teacher_taps == (LABELS,)
+        return self.labels is not None
+
+    @property
+    def labels(self) -> str | None:
+        """The entry of the batch that this term reads as labels, if it does."""
+        return labels_entry(self.teacher_taps[0]) if len(self.teacher_taps) == 1 else None
 
     @property
     def is_scheduled(self) -> bool:
@@ -204,9 +212,9 @@ def _split_options(
 
 
 def _paired_taps(tap: Taps, teacher_tap: Taps | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    if tap == LABELS:
-        return ("logits",), (LABELS,)
     taps = _texts(tap)
+    if teacher_tap is None and len(taps) == 1 and labels_entry(taps[0]) is not None:
+        return (LOGITS,), taps
     if teacher_tap is None:
         return taps, taps
     teacher_taps = _texts(teacher_tap)
@@ -237,6 +245,22 @@ def _checked_weight(weight: Weight, name: str) -> float | Scheduled:
         when = f" at its lowest ({weight})" if isinstance(weight, Scheduled) else ""
         raise ValueError(f"{what} is {lowest:g}{when}, which pushes the student away; it must not be negative")
     return weight
+
+
+def where(term: Term) -> str:
+    """A term in an error message."""
+    return f"term {term.name!r} ({term.tap} -> {term.teacher_tap})"
+
+
+@contextmanager
+def in_term(term: Term, side: str = "") -> Iterator[None]:
+    """Say in which term an error arose."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where(term)}: {side}{error}") from None
+    except TypeError as error:  # often from within the loss, hence with the place where it arose
+        raise TypeError(f"{where(term)}: {side}{error}") from error
 
 
 LayerMap = str | Sequence[tuple[int, int]]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Batch = Mapping[str, Any]
 """One batch by name: the model's inputs, ``labels``, ``example_id``."""
 
-LABELS = "labels"
+LABELS, LOGITS = "labels", "logits"
 EXAMPLE_ID = "example_id"
 INPUTS = "inputs"
 """The key under which positional inputs of a plain module stand in a batch, as a tuple."""

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 OBJECTIVES = (ROOT / "docs" / "objectives.md").read_text()
 TEACHERS = (ROOT / "docs" / "teachers.md").read_text()
-"""Its blocks build on one another."""
+LOOPS = (ROOT / "docs" / "loops.md").read_text()
+"""Blocks of these two build on one another."""
 RECIPES = sorted((ROOT / "limbeck" / "recipes").glob("*.yaml"))
 DATA = {"cifar10": ROOT.parent / "shared" / "data" / "cifar10"}
 """Data of the recipes that name none, where this machine has it."""
@@ -27,10 +28,15 @@ def blocks(language, text=README):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning's, of a newer torch
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+@pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval.*")
 @pytest.mark.parametrize(
-    "code", [*blocks("python"), *blocks("python", OBJECTIVES), "".join(blocks("python", TEACHERS))]
+    "code",
+    [*blocks("python"), *blocks("python", OBJECTIVES), *("".join(blocks("python", t)) for t in (TEACHERS, LOOPS))],
 )
-def test_python_blocks_run(code):
+def test_python_blocks_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "a document", "exec"), {"__name__": "__main__"})
 
 
@@ -92,7 +98,7 @@ def test_shipped_recipes_run_on_small_data(path, tmp_path):
 
 
 def test_links_and_pictures_are_there():
-    for folder, text in ((ROOT, README), (ROOT / "docs", OBJECTIVES)):
+    for folder, text in ((ROOT, README), (ROOT / "docs", OBJECTIVES), (ROOT / "docs", LOOPS)):
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             assert target.startswith("http") or (folder / target).exists(), target
 

@@ -10,22 +10,31 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-WORKER = Path(__file__).parent / "workers" / "train.py"
+ROOT = Path(__file__).parent.parent
+WORKER = ROOT / "tests" / "workers" / "train.py"
 
 
-def run(*arguments, ranks=1, check=True):
-    """Run the worker, on several ranks through `accelerate launch`; it checks that they are so many.
+DDP = ["--multi_gpu"]
+FSDP2 = ["--use_fsdp", "--fsdp_version", "2"]
+ZERO = ["--use_deepspeed", "--zero_stage", "2"]
+LAYERS = [*FSDP2, "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+"""Each layer is cut by itself."""
+
+
+def run(*arguments, ranks=1, check=True, how=DDP, worker=WORKER):
+    """Run a worker, on several ranks through `accelerate launch`; it checks that they are so many.
 
     Accelerate starts several processes on CPUs only under MPI, unless it takes them for GPUs at first.
     """
-    launch = [sys.executable, str(WORKER)]
+    launch = [sys.executable, str(worker)]
     if ranks > 1:
         accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-        flags = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        flags = [*how, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         port = str(random.Random().randint(20000, 50000))
-        launch = [*accelerate, *flags, "--num_processes", str(ranks), "--main_process_port", port, str(WORKER)]
+        launch = [*accelerate, *flags, "--num_processes", str(ranks), "--main_process_port", port, str(worker)]
     command = [*launch, *map(str, arguments), "--ranks", str(ranks)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    here = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": here}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
@@ -80,6 +89,27 @@ def test_resume_after_kill_is_bit_identical(tmp_path, best):
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
+def test_stages_are_the_same_on_two_ranks(tmp_path, whole):
+    """Parameters that come into play later are in step on both, and those that rest are left alone."""
+    staged = weights(tmp_path / "one.safetensors", "--stages")
+    cut = weights(tmp_path / "two.safetensors", "--stages", "--accumulation", 2, ranks=2)
+    assert largest_difference(staged, cut) < 1e-6
+    assert largest_difference(staged, whole) > 1e-4
+
+
+def test_resume_over_the_border_of_a_stage_is_bit_identical(tmp_path):
+    """Stages change at steps 6 and 10 of 14; it goes on from steps 3 and 9, before each border."""
+    options = ["--steps", 14, "--dropout", 0.1, "--stages"]
+    uninterrupted = weights(tmp_path / "a.safetensors", *options, "--folder", tmp_path / "a")
+    for kill_at in (5, 11):
+        killed = run(
+            tmp_path / "b.safetensors", *options, "--folder", tmp_path / "b", "--kill-at", kill_at, check=False
+        )
+        assert killed.returncode == -9
+    resumed = weights(tmp_path / "b.safetensors", *options, "--folder", tmp_path / "b")
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+
+
 def test_resume_on_two_ranks_is_bit_identical(tmp_path):
     options = ["--steps", 8, "--dropout", 0.1]
     uninterrupted = weights(tmp_path / "a.safetensors", *options, "--folder", tmp_path / "a", ranks=2)
@@ -88,6 +118,58 @@ def test_resume_on_two_ranks_is_bit_identical(tmp_path):
     )
     assert killed.returncode != 0
     resumed = weights(tmp_path / "b.safetensors", *options, "--folder", tmp_path / "b", ranks=2)
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+
+
+def test_what_needs_whole_weights_is_refused(tmp_path):
+    arguments = [tmp_path / "w.safetensors", "--gradients-every", 2]
+    refused = run(*arguments, ranks=2, how=FSDP2, check=False)
+    assert "ValueError: each term's gradient cannot be measured under FSDP2" in refused.stderr
+
+
+def test_weights_that_are_cut_change_nothing(tmp_path, whole):
+    """Updates, clipping by the whole gradient's norm, evaluations, checkpoints, and the student at the end."""
+    arguments = [
+        tmp_path / "w.safetensors",
+        "--accumulation",
+        2,
+        "--folder",
+        tmp_path / "kept",
+        "--best",
+    ]
+    done = run(*arguments, ranks=2, how=LAYERS)
+    assert sorted(done.stdout.splitlines()) == [
+        "rank 0: done after 3",
+        "rank 0: weights are cut",
+        "rank 1: done after 3",
+    ]
+    cut = load_file(arguments[0])
+    assert largest_difference(whole, cut) < 1e-6
+    checkpoint = load_file(tmp_path / "kept" / "step-00000003" / "distiller.safetensors")
+    assert largest_difference(checkpoint, cut) == 0
+
+
+def test_resume_with_weights_that_are_cut_is_bit_identical(tmp_path):
+    options = ["--steps", 8, "--dropout", 0.1]
+    uninterrupted = weights(tmp_path / "a.safetensors", *options, "--folder", tmp_path / "a", ranks=2, how=FSDP2)
+    arguments = [tmp_path / "b.safetensors", *options, "--folder", tmp_path / "b"]
+    killed = run(*arguments, "--kill-at", 5, ranks=2, check=False, how=FSDP2)
+    assert killed.returncode != 0
+    resumed = weights(*arguments, ranks=2, how=FSDP2)
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+
+
+def test_an_optimizer_that_is_cut_changes_nothing(tmp_path, whole):
+    """By DeepSpeed, where it is installed: updates, and a training that was killed and resumed."""
+    pytest.importorskip("deepspeed")
+    cut = weights(tmp_path / "w.safetensors", "--accumulation", 2, ranks=2, how=ZERO)
+    assert largest_difference(whole, cut) < 1e-6
+    options = ["--steps", 8, "--dropout", 0.1]
+    uninterrupted = weights(tmp_path / "a.safetensors", *options, "--folder", tmp_path / "a", ranks=2, how=ZERO)
+    arguments = [tmp_path / "b.safetensors", *options, "--folder", tmp_path / "b"]
+    run(*arguments, "--kill-at", 5, ranks=2, check=False, how=ZERO)
+    assert (tmp_path / "b" / "step-00000003").is_dir()
+    resumed = weights(*arguments, ranks=2, how=ZERO)
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 

@@ -19,6 +19,7 @@ SHAPES = {
     "linear": ((2, 5, 8), (2, 5, 12)),
     "linear_relu": ((2, 8), (2, 12)),
     "linear_tanh": ((2, 5, 8), (2, 5, 12)),
+    "linear_where_needed": ((2, 5, 8), (2, 7, 8)),
     "mlp": ((2, 5, 8), (2, 5, 12)),
     "conv1x1": ((2, 3, 8, 8), (2, 7, 4, 6)),
     "batch_norm_linear": ((4, 8), (4, 12)),
@@ -215,6 +216,30 @@ def test_conv1x1_is_a_linear_map_of_channels():
     projector, features = sized("conv1x1", (2, 3, 4, 4), (2, 5, 4, 4)), torch.randn(2, 3, 4, 4)
     by_hand = torch.einsum("oc,bchw->bohw", projector.affine.weight, features)
     torch.testing.assert_close(projector(features), by_hand + projector.affine.bias[:, None, None])
+
+
+def test_linear_where_needed_maps_the_dimension_that_differs():
+    maps, like = torch.randn(2, 3, 4, 6), Size([2, 5, 4, 6])
+    projector = sized("linear_where_needed", maps.shape, like)
+    weight, bias = projector.affine.weight, projector.affine.bias
+    by_hand = torch.einsum("oc,bchw->bohw", weight, maps) + bias[:, None, None]
+    torch.testing.assert_close(projector(maps, like), by_hand)
+    fresh = build_projector("linear_where_needed")
+    fresh.load_state_dict(projector.state_dict())
+    torch.testing.assert_close(fresh(maps, like), by_hand)
+
+
+def test_linear_where_needed_lets_equal_shapes_through():
+    features = torch.randn(2, 5, 8)
+    projector = sized("linear_where_needed", features.shape, features.shape)
+    assert projector(features, features.shape) is features
+    assert not any(p.requires_grad or p.numel() for p in projector.parameters())
+
+
+@pytest.mark.parametrize("teacher", [(2, 6, 9), (3, 5, 8), (2, 5), (2, 5, 8, 1)])
+def test_linear_where_needed_maps_one_dimension_only(teacher):
+    with pytest.raises(ValueError, match=r"student \(2, 5, 8\) and teacher .* differ in more than one dimension"):
+        sized("linear_where_needed", (2, 5, 8), teacher)
 
 
 @pytest.mark.parametrize("area", [(2, 2), (8, 8)])

@@ -1,7 +1,10 @@
 import collections
 import copy
 import dataclasses
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -451,3 +454,119 @@ def test_the_teacher_keeps_no_hooks():
     teacher = ModuleTeacher(perceptron(inplace=True))
     teacher.signal({"input": points()[0]}, ["1", "3#input"])
     assert hooks(teacher.module) == 0
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------
+
+
+def together(*calls):
+    """Run calls in threads that wait for one another before they begin, and again in the middle of each."""
+    barrier = threading.Barrier(len(calls))
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(lambda call: call(barrier), calls))
+
+
+def test_a_recorder_sees_the_pass_of_the_thread_that_armed_it():
+    """Replicas of a model share their hooks, and run at one time."""
+    barriers = []
+
+    class Meeting(nn.Linear):
+        def forward(self, input):
+            barriers[0].wait(timeout=20)  # both are inside
+            return super().forward(input)
+
+    model = nn.Sequential(nn.Linear(2, 2), Meeting(2, 2))
+    recorder = Recorder(model, resolve(model, ["0", "1#input", "logits"]))
+    recorder.pin()
+
+    def run(start, barrier):
+        barriers[:] = [barrier]
+        inputs = torch.full((1, 2), float(start))
+        barrier.wait(timeout=20)
+        output, seen = record(recorder, lambda: model(inputs))
+        return inputs, output, seen
+
+    for _ in range(3):
+        for inputs, output, seen in together(partial(run, 1), partial(run, 5)):
+            assert torch.equal(seen["0"], model[0](inputs))
+            assert torch.equal(seen["1#input"], model[0](inputs))
+            assert torch.equal(seen["logits"], output)
+
+
+def test_a_thread_that_armed_nothing_is_not_recorded():
+    model = nn.Sequential(nn.Linear(2, 2))
+    recorder = Recorder(model, resolve(model, ["0"]))
+
+    def other(barrier):
+        model(torch.ones(1, 2))
+
+    with recorder.armed():
+        together(other)
+        mine = model(torch.zeros(1, 2))
+    assert torch.equal(recorder.collect(mine)["0"], mine)
+
+
+def replicas(module, count):
+    """What `torch.nn.DataParallel` makes, on the CPU: modules that share hooks, and copies of the parameters."""
+    made = [{m: m._replicate_for_data_parallel() for m in module.modules()} for _ in range(count)]
+    for copies in made:
+        for original, replica in copies.items():
+            for key, child in original._modules.items():
+                setattr(replica, key, copies[child])
+            for key, parameter in original._parameters.items():
+                setattr(replica, key, None if parameter is None else parameter.clone())
+    return [copies[module] for copies in made]
+
+
+def test_replicas_of_a_distiller_learn_as_the_whole():
+    terms = [
+        Term("bert.encoder.layer.0", "bert.encoder.layer.1", loss="mse", project="linear"),
+        Term("logits", loss="forward_kl"),
+        Term("labels", loss="cross_entropy"),
+    ]
+    batch = text_batch(size=4)
+    whole, shared = (Distiller(bert(layers=1), bert(seed=1), terms).train() for _ in range(2))
+    for distiller in (whole, shared):
+        torch.manual_seed(0)
+        distiller.preflight(batch)
+    whole(**batch).loss.backward()
+
+    parts = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 1), slice(1, 4))]
+    counts = shared.count(batch)
+    made = replicas(shared, 2)
+    outputs = together(
+        *(lambda _, r=r, part=part: r(**part, counts=counts) for r, part in zip(made, parts, strict=True))
+    )
+    gathered = gather_map(outputs)
+    gathered["loss"].sum().backward()
+    assert gathered["logits"].shape == (4, 3)
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradients(shared)[name], gradient, atol=1e-6, rtol=1e-5)
+    assert hooks(shared.export()) == 0
+
+
+def gather_map(outputs):
+    """As PyTorch's `gather` does with dicts of tensors."""
+    first = outputs[0]
+    if isinstance(first, dict):
+        return {key: gather_map([output[key] for output in outputs]) for key in first}
+    return torch.stack(outputs) if first.ndim == 0 else torch.cat(outputs)
+
+
+def test_a_distiller_is_checked_before_it_is_replicated():
+    with pytest.raises(ValueError, match="has to be checked before its first step; pass sample=batch"):
+        replicas(Distiller(perceptron(), perceptron(seed=1), [Term("logits", loss="mse")]), 2)
+
+
+def test_an_input_that_is_given_by_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 3)
+
+        def forward(self, features):
+            return self.layer(input=2 * features)
+
+    model, features = Named(), torch.ones(1, 2)
+    _, seen = record(Recorder(model, resolve(model, ["layer#input"])), lambda: model(features))
+    assert torch.equal(seen["layer#input"], 2 * features)

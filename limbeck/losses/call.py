@@ -281,6 +281,7 @@ def evaluate(
     supplied = {key: options.pop(key) for key in (*SUPPLIED, *_brought(name)) if key in options}
     comparison = compare_by(name, transforms=transforms, given=tuple(supplied), **options)
     labels = supplied.get("labels")
+    mask = None if mask is None else mask != 0
     if EXAMPLE_ID in supplied and EXAMPLE_ID not in comparison.asks:
         raise TypeError(f"loss {comparison.name!r} has no option {EXAMPLE_ID!r}; leave it out")
     values = compare_valid(comparison, student, teacher, mask, progress=progress, **supplied)

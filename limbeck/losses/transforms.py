@@ -104,6 +104,41 @@ def probability_shift(student: Tensor, teacher: Tensor, *, labels: Tensor | None
 
 
 @TRANSFORMS.register
+def log_of_probabilities(
+    student: Tensor, teacher: Tensor, *, labels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Take the logarithm of a side that holds probabilities, so that both sides are logits.
+
+    Args:
+        student: Logits (..., C), or probabilities: no entry below 0, and every row sums to 1 (rows of nothing but
+            zeros, as at masked positions, are not asked).
+        teacher: Likewise, by itself: one side may hold probabilities and the other logits.
+        labels: Not needed.
+
+    Returns:
+        Both sides, (..., C); a probability of 0 counts as the smallest normal number of its type.
+
+    Example:
+        >>> log_of_probabilities(torch.tensor([[0.5, 0.5]]), torch.tensor([[3.0, 1.0]]))
+        (tensor([[-0.6931, -0.6931]]), tensor([[3., 1.]]))
+
+    Reference:
+        Neural Compressor's divergence between features, which takes for probabilities what sums to 1 within 0.2.
+    """
+    return _log_if_probabilities(student), _log_if_probabilities(teacher.detach())
+
+
+def _log_if_probabilities(side: Tensor) -> Tensor:
+    rows = side.detach().float().flatten(0, -2) if side.ndim > 1 else side.detach().float()[None]
+    asked = (rows != 0).any(dim=-1)
+    sums = torch.where(asked, rows.sum(dim=-1), torch.ones_like(rows[..., 0]))
+    if (rows < 0).any() or not ((sums - 1).abs() < 0.02).all():  # bfloat16 rounds by up to 0.004
+        return side
+    side = full_precision(side)
+    return side.clamp(min=torch.finfo(side.dtype).tiny).log()
+
+
+@TRANSFORMS.register
 def vocabulary(
     student: Tensor, teacher: Tensor | Sparse, *, labels: Tensor | None = None, size: int | None = None
 ) -> tuple[Tensor, Tensor | Sparse]:
@@ -221,6 +256,7 @@ def flsw(
     beta: float = 1.0,
     gamma: float = 1.0,
     minimum: float = 0.1,
+    epsilon: float = 0.0,
 ) -> Tensor:
     r"""Soften less where the student's logits point elsewhere than the teacher's: such examples weigh more.
 
@@ -234,6 +270,7 @@ def flsw(
         beta: β, how far it may go from there.
         gamma: γ, the power of the weight.
         minimum: The smallest temperature given. TextBrewer has none: a large β makes its temperatures negative.
+        epsilon: Added to the lengths of both logits in the cosine; 0.0001 in TextBrewer.
 
     Returns:
         One temperature per position, (...,), at least `minimum`, without gradient. The mean is over the batch.
@@ -252,7 +289,13 @@ def flsw(
     same_shape(student, teacher)
     there = ~(student.isneginf() | teacher.isneginf())
     sides = [torch.where(there, side.detach(), torch.zeros_like(side)) for side in (student, teacher)]
-    weights = cosine(*sides).clamp(min=0) ** gamma  # rounding can bring it below 0
+    distances = cosine(*sides)
+    if epsilon:
+        lengths = [torch.linalg.vector_norm(full_precision(side), dim=-1) for side in sides]
+        distances = 1 - (1 - distances) * (lengths[0] * lengths[1]) / (
+            (lengths[0] + epsilon) * (lengths[1] + epsilon)
+        )
+    weights = distances.clamp(min=0) ** gamma  # rounding can bring it below 0
     return _around(base, beta, weights, mask, minimum)
 
 

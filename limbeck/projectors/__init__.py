@@ -6,7 +6,15 @@ an optimizer may be built at any time.
 """
 
 from limbeck.projectors.base import PROJECTORS, Features, PerPlace, Projector, Shapes, build_projector
-from limbeck.projectors.dense import MLP, BatchNormLinear, Identity, Linear, linear_relu, linear_tanh
+from limbeck.projectors.dense import (
+    MLP,
+    BatchNormLinear,
+    Identity,
+    Linear,
+    LinearWhereNeeded,
+    linear_relu,
+    linear_tanh,
+)
 from limbeck.projectors.fusion import AttentionFusion, Each
 from limbeck.projectors.layers import ACTIVATIONS, Affine, BatchNorm, Convolution
 from limbeck.projectors.learned import ChannelVariance
@@ -30,6 +38,7 @@ __all__ = [
     "Features",
     "Identity",
     "Linear",
+    "LinearWhereNeeded",
     "MaskedGenerator",
     "PerPlace",
     "PoolTokens",

@@ -82,6 +82,66 @@ class Linear(Projector):
         return activate(self.affine(features), self.activation)
 
 
+@PROJECTORS.register_as("linear_where_needed")
+class LinearWhereNeeded(Projector):
+    """An affine map over the one dimension in which two shapes differ, behind the first; none where they agree.
+
+    Maps (B, ..., D_student, ...) to (B, ..., D_teacher, ...).
+
+    Example:
+        >>> import torch
+        >>> projection, like = LinearWhereNeeded(), torch.Size([2, 5, 8, 8])
+        >>> projection.size(torch.Size([2, 3, 8, 8]), like)
+        >>> projection(torch.zeros(2, 3, 8, 8), like).shape
+        torch.Size([2, 5, 8, 8])
+
+    Reference:
+        Neural Compressor's matcher of features, which there is in no optimizer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.affine = Affine()
+
+    def size(self, student: Shapes, teacher: Shapes) -> None:
+        """Size from the dimension that differs.
+
+        Raises:
+            ValueError: more than one does, or the numbers of examples or of dimensions.
+        """
+        student, teacher = single(student, teacher, "linear_where_needed")
+        if student[0] != teacher[0]:
+            raise ValueError(_not_one(student, teacher))
+        place = _differing(student, teacher)
+        if place is None:
+            self.affine.omit()
+        else:
+            self.affine.size(student[place], teacher[place])
+
+    def forward(self, features: Tensor, like: Size | None = None) -> Tensor:
+        """Map the dimension that differs from `like`, the shape of the teacher's tensor; without it the last."""
+        place = features.ndim - 1 if like is None else _differing(features.shape, like)
+        if place is None or self.affine.omitted:
+            return features
+        mapped: Tensor = self.affine(features.transpose(place, -1)).transpose(place, -1)
+        return mapped
+
+
+def _differing(student: Size, teacher: Size) -> int | None:
+    """The one dimension behind the first in which two shapes differ; None where they agree."""
+    places = [i for i, (s, t) in enumerate(zip(student, teacher, strict=False)) if i and s != t]
+    if len(student) != len(teacher) or len(places) > 1:
+        raise ValueError(_not_one(student, teacher))
+    return places[0] if places else None
+
+
+def _not_one(student: Size, teacher: Size) -> str:
+    return (
+        f"student {tuple(student)} and teacher {tuple(teacher)} differ in more than one dimension, or in the "
+        "number of examples; tap other places, or take another projection"
+    )
+
+
 @PROJECTORS.register_as("linear_relu")
 def linear_relu() -> Projector:
     """`Linear` with a ReLU behind it."""

@@ -18,7 +18,8 @@ from limbeck.teachers.cached import Cached
 from limbeck.teachers.client import Client
 from limbeck.teachers.ensemble import Ensemble
 from limbeck.teachers.given import Given
-from limbeck.teachers.module import ModuleInputs, ModuleTeacher, record
+from limbeck.teachers.inputs import ModuleInputs
+from limbeck.teachers.module import ModuleTeacher, record
 from limbeck.teachers.own import Self, WithoutAdapter
 from limbeck.teachers.remote import Remote
 

@@ -26,9 +26,13 @@ from limbeck.cache import (
 from limbeck.cache.forms import DTYPES, SIZE
 from limbeck.teachers.base import Identified, Teacher, within
 from limbeck.teachers.ensemble import Ensemble
+from limbeck.teachers.module import ModuleTeacher
 from limbeck.types import Batch, Signal, TopK
 
 __all__ = ["DTYPES", "Cached"]
+
+OVER_POSITIONS = ("start_logits", "end_logits")
+"""Taps of logits over the positions of a text, at the end of their names."""
 
 RARELY = 0.05
 """The share of examples that come again by chance alone, at most."""
@@ -159,9 +163,13 @@ class Cached:
 
     def _ask(self, batch: Batch, wants: Sequence[str]) -> tuple[list[bytes], Tensor | None]:
         """See to it that all of a batch is kept; return its examples' keys, and where their positions are."""
+        self._check_decoders(batch)
         mask = batch.get(ATTENTION_MASK)
         mask = mask.detach().cpu() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        keys = [key.tobytes() for key in example_keys(batch)]
+        told: Batch = batch
+        if mask is not None and any(tap.endswith(OVER_POSITIONS) for tap in wants):
+            told = {**batch, "padded to": mask.shape[1]}  # padding has logits as well
+        keys = [key.tobytes() for key in example_keys(told)]
         self._agree(wants)
         missing = self._into.missing(keys, wants)
         self.asked += len(keys)
@@ -169,6 +177,15 @@ class Cached:
         if missing:
             self._compute(batch, keys, missing, wants, mask)
         return keys, mask
+
+    def _check_decoders(self, batch: Batch) -> None:
+        """Refuse what a decoder would be given of the labels, which are no part of an example's key."""
+        for _, inner in within(self.teacher):
+            if isinstance(inner, ModuleTeacher) and inner.reads_labels_of(batch):
+                raise ValueError(
+                    "the teacher's decoder reads the batch's labels, and signals are kept by the positions of one "
+                    "sequence; use this teacher without a cache"
+                )
 
     def _compute(
         self, batch: Batch, keys: Sequence[bytes], places: list[int], wants: Sequence[str], mask: Tensor | None

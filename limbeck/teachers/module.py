@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -10,70 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from limbeck.batch import device_of, map_tensors, positional
+from limbeck.batch import device_of, map_tensors
 from limbeck.cache import module_identity
 from limbeck.registry import nearest
 from limbeck.taps import OUTPUT_NAMES, Read, Recorder, Tap, requested_outputs, resolve
+from limbeck.teachers.inputs import ModuleInputs
 from limbeck.teachers.precision import DTYPES, converted, quantized
-from limbeck.types import EXAMPLE_ID, INPUTS, LABELS, TASK, Batch, Signal
+from limbeck.types import Batch, Signal
 
 CPU = torch.device("cpu")
-
-
-class ModuleInputs:
-    """Calls a model with what it takes from a batch.
-
-    A batch holds more than one model wants: labels, example numbers, inputs of the other model. Only the
-    parameters that the model's ``forward`` names are passed; a forward that takes ``**kwargs`` alone, or beside
-    ``task``, gets all.
-
-    Args:
-        model: The model to call.
-
-    Example:
-        >>> call = ModuleInputs(nn.Linear(2, 3))
-        >>> call({"input": torch.zeros(4, 2), "labels": torch.zeros(4)}).shape
-        torch.Size([4, 3])
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        parameters = inspect.signature(model.forward).parameters.values()
-        self.named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        self.places = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
-        self.is_open = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self.required = [p.name for p in parameters if p.name in self.named and p.default is p.empty]
-
-    def select(self, batch: Batch) -> dict[str, Any]:
-        """The entries of the batch that the model takes by name."""
-        takes_all = self.is_open and not self.named - {TASK}
-        reserved = {EXAMPLE_ID, LABELS} | ({INPUTS} if positional(batch) else set())
-        return {k: v for k, v in batch.items() if k not in reserved and (takes_all or k in self.named)}
-
-    def __call__(self, batch: Batch, run: Callable[..., Any] | None = None, **extra: Any) -> Any:
-        """Call the model, or what it was compiled to; of `extra`, it gets what its forward can take."""
-        inputs, given = self.select(batch), positional(batch)
-        if not inputs and not given:
-            raise ValueError(
-                f"{type(self.model).__name__} takes {sorted(self.named)}, and the batch has {sorted(batch)}; "
-                "rename the batch's entries to the model's"
-            )
-        missing = [] if given else [name for name in self.required if name not in inputs and name not in extra]
-        if missing:
-            raise ValueError(
-                f"{type(self.model).__name__} takes {missing[0]!r}, and the batch has {sorted(batch)}; add it, or "
-                "rename an entry"
-            )
-        extra = {key: value for key, value in extra.items() if self.is_open or key in self.named}
-        return (self.model if run is None else run)(*given, **inputs, **extra)
-
-    def alone(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Any:
-        """Call the model as its user would, with labels if it takes them, and without what it cannot take."""
-        if LABELS not in named and len(inputs) > max(1, self.places):
-            inputs = inputs[:-1]
-        unknown = {EXAMPLE_ID, LABELS, TASK} - self.named
-        known = {k: v for k, v in named.items() if k in self.named or (self.is_open and k not in unknown)}
-        return self.model(*inputs, **known)
 
 
 class Reader:
@@ -205,6 +149,10 @@ class ModuleTeacher:
         if self.device is not None and self.device.type == "meta":
             raise ValueError("the teacher is on 'meta', which holds no values to give; choose another device")
         return Signal({tap: value.to(home) for tap, value in signal.values.items()})
+
+    def reads_labels_of(self, batch: Batch) -> bool:
+        """Whether the inputs of the module's decoder are made of the batch's labels."""
+        return self._reader.call.prepared(batch) is not batch
 
     def identity(self) -> Mapping[str, Any]:
         """Its weights, class and configuration, and the precision where one was chosen."""

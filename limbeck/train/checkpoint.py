@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,11 @@ def unflatten(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
+    """Save a module's state dict; see `save_state`."""
+    save_state(module.state_dict(), path)
+
+
+def save_state(state: Mapping[str, Tensor], path: Path) -> None:
     """Save a state dict, tied tensors once, and replace the file only when it is whole.
 
     Raises:
@@ -68,7 +73,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
     first: dict[tuple[Any, ...], str] = {}
     stored: set[int] = set()
     whole, tied = {}, {}
-    for name, tensor in module.state_dict().items():
+    for name, tensor in state.items():
         other = first.setdefault(_identity(tensor), name) if tensor.numel() else name
         if other != name:
             tied[name] = other
@@ -93,16 +98,29 @@ def load_weights(module: nn.Module, path: Path) -> None:
     Raises:
         ValueError: the file belongs to another model.
     """
+    load_state(path, module.load_state_dict)
+
+
+def load_state(path: Path, load: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Load what `save_state` saved, by a module's ``load_state_dict`` or what stands for it.
+
+    Raises:
+        ValueError: the file belongs to another model.
+    """
+    try:
+        load(read_weights(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} belongs to another model: {str(error).splitlines()[1].strip()}") from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict that `save_weights` saved."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        tied = json.loads(file.metadata()["tied"])
+        tied = json.loads((file.metadata() or {}).get("tied", "{}"))
     state = load_file(path)
-    state |= {name: state[other] for name, other in tied.items()}
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} belongs to another model: {str(error).splitlines()[1].strip()}") from None
+    return state | {name: state[other] for name, other in tied.items()}
 
 
 def random_state() -> dict[str, Any]:
@@ -143,16 +161,24 @@ def read_tree(folder: Path, name: str) -> Any:
     return unflatten(skeleton, load_file(folder / f"{name}.safetensors"))
 
 
+def with_text_keys(state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state in a form that JSON can key."""
+    return {"state": {str(k): v for k, v in state["state"].items()}, "param_groups": state["param_groups"]}
+
+
+def with_number_keys(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `with_text_keys`."""
+    return {"state": {int(k): v for k, v in state["state"].items()}, "param_groups": state["param_groups"]}
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's state in a form that JSON can key."""
-    state = optimizer.state_dict()
-    return {"state": {str(k): v for k, v in state["state"].items()}, "param_groups": state["param_groups"]}
+    return with_text_keys(optimizer.state_dict())
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load what `optimizer_state` gave."""
-    by_number = {int(k): v for k, v in state["state"].items()}
-    optimizer.load_state_dict({"state": by_number, "param_groups": state["param_groups"]})
+    optimizer.load_state_dict(with_number_keys(state))
 
 
 def step_folder(folder: Path, step: int) -> Path:

@@ -11,14 +11,14 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from limbeck.batch import as_batch, batch_size, collated, rows
+from limbeck.batch import as_batch, batch_size, collated, rows, to_device
 from limbeck.train.settings import Settings
 from limbeck.types import Batch
 
@@ -112,6 +112,10 @@ class Step:
     micro_batches: Sequence[Batch]
     examples: int
     share: float = 1.0
+
+    def to(self, device: torch.device) -> Step:
+        """The same on a device."""
+        return replace(self, micro_batches=[to_device(batch, device) for batch in self.micro_batches])
 
 
 def shares(count: int, rank: int, world: int, accumulation: int) -> list[tuple[int, int]]:

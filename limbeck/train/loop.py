@@ -6,7 +6,6 @@ import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from limbeck.train.averages import TOTAL, Averages, StepTotals
 from limbeck.train.callbacks import Callback, State, TrackerLog
 from limbeck.train.data import Batches, Step
 from limbeck.train.mixing import MixedBatches, train_batches
-from limbeck.train.ranks import Interrupts, any_without_gradient, share_signals, start_accelerator
+from limbeck.train.ranks import Interrupts, global_counts, place, share_signals, start_accelerator
 from limbeck.train.saving import Checkpointer, identity
 from limbeck.train.scoring import MetricLike, Scoring
 from limbeck.train.settings import Settings
@@ -162,21 +161,13 @@ class _Training:
         with self._autocast():  # a teacher that is remembered is not asked again
             for sample in samples:
                 self.distiller.preflight(sample)
-        if settings.compile:
-            self.distiller.compile_student()
-        if world > 1:
-            from accelerate import DistributedDataParallelKwargs
-
-            unused = any(any_without_gradient(self.distiller, sample) for sample in samples)
-            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
-        optimizer = settings.build_optimizer(self.distiller.student, self.distiller.objective)
-        self.model, self.optimizer = accelerator.prepare(self.distiller, optimizer)
+        self.placement = place(self.distiller, settings, accelerator, samples)
+        self.distiller, self.optimizer = self.placement.distiller, self.placement.optimizer
         total = settings.total_steps(len(batches))
         self.state = State(self.distiller, total)
         self.files = Checkpointer(
             accelerator,
-            self.distiller,
-            self.optimizer,
+            self.placement,
             self.scaler,
             self.state,
             self.averages,
@@ -185,7 +176,7 @@ class _Training:
             self.folder,
         )
         seed_everything(settings.seed + rank)
-        self.model.train()
+        self.placement.model.train()
         return batches
 
     def _steps(self, batches: Batches) -> Iterator[Step]:
@@ -214,25 +205,20 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-        counts, progress = self._global_counts(step), state.step / max(1, state.total_steps - 1)
+        counts, progress = self._counts(step), state.step / max(1, state.total_steps - 1)
         measures, observed = self._measures(), StepTotals()
         for number, batch in enumerate(step.micro_batches, start=1):
             placed = to_device(batch, accelerator.device)
-            with self._sync(last=number == len(step.micro_batches)):
+            with self.placement.part(last=number == len(step.micro_batches)):
                 with self._autocast():
-                    output = self.model(
+                    output = self.placement.model(
                         **placed, counts=counts, progress=progress, measure=measures and number == 1
                     )
-                accelerator.backward(self.scaler.scale(output.loss * step.share))
+                self.placement.backward(self.scaler.scale(output.loss * step.share))
             self.averages.add({**output.terms, TOTAL: output.loss.detach()}, step.share)
             observed.add(output, step.share)
         state.weights = output.weights
-        if settings.clip is not None:
-            self.scaler.unscale_(self.optimizer)
-            accelerator.clip_grad_norm_(self.model.parameters(), settings.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+        self.placement.step(self.scaler, settings.clip)
 
         state.step += 1
         state.position += 1
@@ -296,26 +282,9 @@ class _Training:
             self.files.save()
             self._call("on_checkpoint")
 
-    def _global_counts(self, step: Step) -> dict[str, float]:
-        """Valid positions of the whole step. DDP averages gradients over ranks, hence the division."""
-        totals: dict[str, float] = {}
-        for batch in step.micro_batches:
-            for key, count in self.distiller.count(batch).items():
-                totals[key] = totals.get(key, 0.0) + count * step.share
-        world = self.accelerator.num_processes
-        if world > 1:
-            local = torch.tensor([totals[k] for k in sorted(totals)], device=self.accelerator.device)
-            everywhere = self.accelerator.reduce(local, "sum").tolist()
-            totals = {key: count / world for key, count in zip(sorted(totals), everywhere, strict=True)}
-        return {key: max(count, 1.0 / world) for key, count in totals.items()}
-
-    @contextmanager
-    def _sync(self, last: bool) -> Iterator[None]:
-        """Synchronise gradients between ranks in the last micro-batch of a step only."""
-        with ExitStack() as stack:
-            if not last:
-                stack.enter_context(self.accelerator.no_sync(self.model))
-            yield
+    def _counts(self, step: Step) -> dict[str, float]:
+        accelerator = self.accelerator
+        return global_counts(self.distiller, step, accelerator.num_processes, accelerator.device)
 
     def _autocast(self) -> torch.autocast:
         dtype = AUTOCAST[self.settings.precision]
@@ -380,7 +349,8 @@ class _Training:
     def _scores(self, scoring: Scoring) -> dict[str, float]:
         """All metrics; rank 0's on every rank, for the last bit of a logit may differ between them."""
         try:
-            scores = scoring.scores(self.distiller, self.settings.batch_size, self.accelerator.device)
+            size, device = self.settings.batch_size, self.accelerator.device
+            scores = scoring.scores(self.distiller, size, device, self.placement.evaluated)
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"{error} in the evaluation at step {self.state.step}; lower the learning rate or set clip. "
@@ -394,20 +364,20 @@ class _Training:
 
     def _check_weights(self) -> None:
         """A gradient can spoil the weights after a loss that was still finite; keep such weights out."""
-        for name, parameter in self.distiller.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise FloatingPointError(
-                    f"the weights of {name} are no longer finite at step {self.state.step}; lower the learning "
-                    f"rate or set clip. {self.files.last_good()}"
-                )
+        name = self.placement.spoiled()
+        if name is not None:
+            raise FloatingPointError(
+                f"the weights of {name} are no longer finite at step {self.state.step}; lower the learning rate "
+                f"or set clip. {self.files.last_good()}"
+            )
 
     def _end(self) -> FitResult:
         state = self.state
         self.files.load_best()
         self._clock()
         state.teacher_seconds = self.distiller.teacher_seconds
+        state.distiller = self.distiller = self.placement.finish()
         self._call("on_end")
-        self.model = self.accelerator.unwrap_model(self.model)
         self.distiller.eval()
         return FitResult(
             state.step,

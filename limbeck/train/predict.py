@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,7 @@ def predict(
     device: torch.device | None = None,
     side: str = STUDENT,
     task: str | None = None,
+    run: Callable[..., Any] | None = None,
 ) -> Predictions:
     """Run a model over a data set in eval mode.
 
@@ -72,6 +73,7 @@ def predict(
         device: Where the batches go; by default where the model is.
         side: Whose inputs the model is given, where a batch has some for ``"student"`` and ``"teacher"`` each.
         task: The task that the data belongs to, for a model that has several.
+        run: What is called in the model's place, with what the model would be given.
 
     Returns:
         Logits and labels, float64 and the labels' own type, in the order of the data.
@@ -92,7 +94,7 @@ def predict(
     for whole in eval_batches(data, batch_size):
         batch = view(whole, side)
         placed = to_device(batch, device)
-        output = call(placed if task is None else {**placed, TASK: task})
+        output = call(placed if task is None else {**placed, TASK: task}, run)
         logits.append(read_output(output, read)["logits"].float().cpu().numpy())
         if LABELS not in batch:
             raise ValueError(f"the evaluation data has no labels, only {sorted(batch)}")

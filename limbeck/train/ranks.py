@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from limbeck.distiller import Distiller
 from limbeck.stopwatch import Stopwatch
 from limbeck.train.checkpoint import random_state, set_random_state
+from limbeck.train.data import Step
 from limbeck.train.settings import Settings
 from limbeck.types import Batch
 
@@ -31,10 +33,12 @@ def start_accelerator(settings: Settings, folder: Path | None) -> Accelerator:
         ValueError: a tracker that accelerate does not know or that is not installed.
     """
     from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin
+    from accelerate.utils import GradientAccumulationPlugin, get_int_from_env
 
     _check_trackers(settings.trackers)
     return Accelerator(
+        # Without this, several processes on a machine without accelerators would not know of each other.
+        cpu=get_int_from_env(["WORLD_SIZE"], 1) > 1 and not torch.accelerator.is_available(),
         mixed_precision="no",
         # As a number it would be overruled by the environment, as a plugin it is not.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
@@ -57,12 +61,166 @@ def _check_trackers(names: list[str]) -> None:
             raise ValueError(f"tracker {name!r} is not installed; pip install {package}")
 
 
+class Placement(Protocol):
+    """How the weights of a training lie on its ranks, and what depends on that.
+
+    Attributes:
+        distiller: What trains on this rank.
+        model: What is called in training; it calls the Distiller.
+        optimizer: Updates what this rank keeps.
+    """
+
+    distiller: Distiller
+    model: Any
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def evaluated(self) -> Callable[..., Any] | None:
+        """Calls the student where calling it directly would not do, or None."""
+        ...
+
+    def part(self, last: bool) -> AbstractContextManager[None]:
+        """One micro-batch, forward and backward; gradients are exchanged in the last of a step."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients."""
+        ...
+
+    def step(self, scaler: torch.amp.GradScaler, clip: float | None) -> None:
+        """Clip by the norm of the whole gradient, and update."""
+        ...
+
+    def spoiled(self) -> str | None:
+        """The name of a parameter that is no longer finite, or None; the same on all ranks."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole state dict; every rank takes part."""
+        ...
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over what `weights` gave."""
+        ...
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state with whole tensors; every rank takes part."""
+        ...
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `optimizer_state` gave."""
+        ...
+
+    def finish(self) -> Distiller:
+        """The user's Distiller with the trained weights; every rank takes part."""
+        ...
+
+
+class Replicated:
+    """Weights that are whole on each rank: one process, or several by DDP; see `Placement`.
+
+    Args:
+        distiller: What is trained, in place.
+        settings: How it is trained.
+        accelerator: The training's ranks.
+        samples: Small batches, one of each task.
+    """
+
+    evaluated = None
+
+    def __init__(
+        self, distiller: Distiller, settings: Settings, accelerator: Accelerator, samples: Sequence[Batch]
+    ) -> None:
+        self.distiller = distiller
+        self.accelerator = accelerator
+        if settings.compile:
+            distiller.compile_student()
+        if accelerator.num_processes > 1:
+            from accelerate import DistributedDataParallelKwargs
+
+            unused = any(any_without_gradient(distiller, sample) for sample in samples)
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
+        optimizer = settings.build_optimizer(distiller.student, distiller.objective)
+        self.model, self.optimizer = accelerator.prepare(distiller, optimizer)
+
+    def part(self, last: bool) -> AbstractContextManager[None]:
+        """Exchange gradients in the last micro-batch alone."""
+        context: AbstractContextManager[None] = nullcontext() if last else self.accelerator.no_sync(self.model)
+        return context
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients; DDP averages them over the ranks."""
+        self.accelerator.backward(loss)
+
+    def step(self, scaler: torch.amp.GradScaler, clip: float | None) -> None:
+        """Clip and update; a scaler leaves a step out whose gradients are not finite."""
+        if clip is not None:
+            scaler.unscale_(self.optimizer)
+            self.accelerator.clip_grad_norm_(self.model.parameters(), clip)
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.optimizer.zero_grad()
+
+    def spoiled(self) -> str | None:
+        """Look at this rank's own, since all are alike."""
+        named = self.distiller.named_parameters()
+        return next((name for name, p in named if not torch.isfinite(p).all()), None)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict."""
+        return self.distiller.state_dict()
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Load a state dict."""
+        self.distiller.load_state_dict(weights)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's own."""
+        state: dict[str, Any] = self.optimizer.state_dict()
+        return state
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Load the optimizer's own."""
+        self.optimizer.load_state_dict(dict(state))
+
+    def finish(self) -> Distiller:
+        """Take DDP off."""
+        self.model = self.accelerator.unwrap_model(self.model)
+        return self.distiller
+
+
+def place(
+    distiller: Distiller, settings: Settings, accelerator: Accelerator, samples: Sequence[Batch]
+) -> Placement:
+    """Lay the weights of a training on its ranks, as ``accelerate launch`` was told.
+
+    Raises:
+        ValueError: what does not go with weights that are cut, or with DeepSpeed's engine.
+    """
+    if accelerator.num_processes > 1:
+        from accelerate.utils import parse_flag_from_env
+
+        from limbeck.train.sharded import Sharded, sharding
+        from limbeck.train.zero import Engine
+
+        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            return Engine(distiller, settings, accelerator)
+        plugin = sharding()
+        if plugin is not None:
+            return Sharded(distiller, settings, plugin, accelerator)
+    return Replicated(distiller, settings, accelerator, samples)
+
+
 def any_without_gradient(distiller: Distiller, batch: Batch) -> bool:
     """Whether some trained parameter gets no gradient: DDP waits for it in vain unless it is told.
+
+    With stages that is so at one time or another.
 
     The model runs as it does in training, dropped layers and all; its statistics and the random generators are
     put back afterwards.
     """
+    if distiller.has_stages:
+        return True
     trained = [p for p in distiller.parameters() if p.requires_grad]
     modes = {module: module.training for module in distiller.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in distiller.buffers()]
@@ -71,7 +229,7 @@ def any_without_gradient(distiller: Distiller, batch: Batch) -> bool:
     try:
         distiller.train()
         with torch.compiler.set_stance("force_eager"):
-            gradients = torch.autograd.grad(distiller.distil(batch).loss, trained, allow_unused=True)
+            gradients = torch.autograd.grad(distiller.distil(batch, progress=0.0).loss, trained, allow_unused=True)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -80,6 +238,28 @@ def any_without_gradient(distiller: Distiller, batch: Batch) -> bool:
         set_random_state(random)
         distiller.teacher_watch = watch
     return any(gradient is None for gradient in gradients)
+
+
+def global_counts(distiller: Distiller, step: Step, world: int, device: torch.device) -> dict[str, float]:
+    """Valid positions of a whole step, over its micro-batches and all ranks, divided by the number of ranks.
+
+    Gradients are averaged over ranks, hence the division: the sum of the parts is then one loss of the whole step.
+
+    Args:
+        distiller: Whose terms they are counted for.
+        step: This rank's part.
+        world: The number of ranks, of torch's default process group; each calls this.
+        device: Where ranks exchange numbers.
+    """
+    totals: dict[str, float] = {}
+    for batch in step.micro_batches:
+        for key, count in distiller.count(batch).items():
+            totals[key] = totals.get(key, 0.0) + count * step.share
+    if world > 1:
+        everywhere = torch.tensor([totals[key] for key in sorted(totals)], device=device)
+        torch.distributed.all_reduce(everywhere)
+        totals = {key: count / world for key, count in zip(sorted(totals), everywhere.tolist(), strict=True)}
+    return {key: max(count, 1.0 / world) for key, count in totals.items()}
 
 
 def share_signals(accelerator: Accelerator, distiller: Distiller) -> None:

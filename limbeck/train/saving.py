@@ -19,6 +19,7 @@ from limbeck.teachers.members import load_states, states
 from limbeck.train import checkpoint as files
 from limbeck.train.averages import Averages
 from limbeck.train.callbacks import State
+from limbeck.train.ranks import Placement
 from limbeck.train.settings import Settings
 
 BEST = "best.safetensors"
@@ -46,6 +47,7 @@ def identity(
     return {
         **{f"settings.{name}": value for name, value in chosen.items()},
         **terms,
+        **distiller.described(),
         "balance": str(distiller.objective.balance_spec),
         "batches per epoch": batches,
         "steps": total_steps,
@@ -64,8 +66,7 @@ class Checkpointer:
 
     Attributes:
         accelerator: The training's ranks.
-        distiller: What is trained.
-        optimizer: Its optimizer.
+        placement: What is trained, with its optimizer.
         scaler: Scales the loss in half precision; its scale is part of a checkpoint.
         state: Where the training stands.
         averages: Running means of the terms.
@@ -75,8 +76,7 @@ class Checkpointer:
     """
 
     accelerator: Any
-    distiller: Distiller
-    optimizer: torch.optim.Optimizer
+    placement: Placement
     scaler: torch.amp.GradScaler
     state: State
     averages: Averages
@@ -84,6 +84,11 @@ class Checkpointer:
     belongs: dict[str, Any]
     folder: Path | None
     best: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def distiller(self) -> Distiller:
+        """What trains on this rank."""
+        return self.placement.distiller
 
     def save(self) -> None:
         """Write a checkpoint: rank 0 the weights, each rank its random state and sums.
@@ -99,11 +104,12 @@ class Checkpointer:
         with self._how_to_free():
             self.distiller.keep()
         partial = files.partial_folder(self.folder, state.step)
+        weights, optimizer = self.placement.weights(), self.placement.optimizer_state()
         with self._removed_on_failure(partial):
             if accelerator.is_main_process:
                 files.begin(self.folder, state.step)
-                files.save_weights(self.distiller, partial / files.WEIGHTS)
-                files.write_tree(files.optimizer_state(self.optimizer), partial, "optimizer")
+                files.save_state(weights, partial / files.WEIGHTS)
+                files.write_tree(files.with_text_keys(optimizer), partial, "optimizer")
                 kept = {"state": state.kept(), "scaler": self.scaler.state_dict(), "belongs": self.belongs}
                 files.write_tree(kept, partial, "state")
             accelerator.wait_for_everyone()
@@ -126,9 +132,10 @@ class Checkpointer:
             return
         accelerator, state = self.accelerator, self.state
         kept = files.read_tree(newest, "state")
-        _check_belongs(newest, kept.get("belongs", {}), self.belongs)
-        files.load_weights(self.distiller, newest / files.WEIGHTS)
-        files.load_optimizer_state(self.optimizer, files.read_tree(newest, "optimizer"))
+        check_belongs(newest, kept.get("belongs", {}), self.belongs)
+        files.load_state(newest / files.WEIGHTS, self.placement.load_weights)
+        optimizer = files.read_tree(newest, "optimizer")
+        self.placement.load_optimizer_state(files.with_number_keys(optimizer))
         for name, value in kept["state"].items():
             setattr(state, name, value)
         state.history = [(int(step), float(score)) for step, score in state.history]
@@ -149,12 +156,13 @@ class Checkpointer:
         """Keep the weights as they are now, if the settings want the best."""
         if not self.settings.best:
             return
+        weights = self.placement.weights()
         if self.folder is None:
-            self.best = {k: v.detach().clone() for k, v in self.distiller.state_dict().items()}
+            self.best = {k: v.detach().clone() for k, v in weights.items()}
         elif self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._how_to_free():
-                files.save_weights(self.distiller, self.folder / BEST)
+                files.save_state(weights, self.folder / BEST)
 
     def load_best(self) -> None:
         """End with the best weights, if the settings want them and they are not the last."""
@@ -162,10 +170,10 @@ class Checkpointer:
         if not self.settings.best or last_is_best:
             return
         if self.folder is None:
-            self.distiller.load_state_dict(self.best)
+            self.placement.load_weights(self.best)
         else:
             self.accelerator.wait_for_everyone()
-            files.load_weights(self.distiller, self.folder / BEST)
+            files.load_state(self.folder / BEST, self.placement.load_weights)
 
     def last_good(self) -> str:
         """A sentence on what there is to go back to."""
@@ -194,7 +202,17 @@ class Checkpointer:
             raise OSError(error.errno, cure) from error
 
 
-def _check_belongs(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+def check_belongs(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another training.
+
+    Raises:
+        ValueError: something differs; the message says what, on both sides.
+
+    Example:
+        >>> check_belongs(Path("step-1"), {"ranks": 2}, {"ranks": 1})
+        Traceback (most recent call last):
+        ValueError: step-1 belongs to another training: ranks is 2 there and 1 here; give this ...
+    """
     differing = [
         f"{name} is {theirs.get(name, 'absent')!r} there and {ours.get(name, 'absent')!r} here"
         for name in dict.fromkeys((*theirs, *ours))

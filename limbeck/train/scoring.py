@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -78,17 +78,36 @@ class Scoring:
                 f"the student has to know the task of evaluation data; pass {{task: data}} for {', '.join(tasks)}"
             )
 
-    def scores(self, distiller: Distiller, batch_size: int, device: torch.device) -> dict[str, float]:
+    def scores(
+        self,
+        distiller: Distiller,
+        batch_size: int,
+        device: torch.device,
+        run: Callable[..., Any] | None = None,
+    ) -> dict[str, float]:
         """Score a student; of several tasks with the mean of all.
+
+        Args:
+            distiller: Whose student is scored.
+            batch_size: Examples at a time.
+            device: Where it is.
+            run: What is called in the student's place, if anything.
 
         Raises:
             FloatingPointError: its logits are NaN.
             ValueError: the data is empty or has no labels.
         """
-        found = {self._name(task): self._score(task, distiller, batch_size, device) for task in self.data}
+        found = {self._name(task): self._score(task, distiller, batch_size, device, run) for task in self.data}
         return {**found, MEAN: float(np.mean(list(found.values())))} if self.several else found
 
-    def _score(self, task: str, distiller: Distiller, batch_size: int, device: torch.device) -> float:
+    def _score(
+        self,
+        task: str,
+        distiller: Distiller,
+        batch_size: int,
+        device: torch.device,
+        run: Callable[..., Any] | None,
+    ) -> float:
         predictions = predict(
             distiller.student,
             self.data[task],
@@ -96,6 +115,7 @@ class Scoring:
             read=distiller.read,
             device=device,
             task=task or None,
+            run=run,
         )
         if np.isnan(predictions.logits).any():
             raise FloatingPointError(f"the student's logits{f' for task {task!r}' if task else ''} are NaN")

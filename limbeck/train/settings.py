@@ -102,7 +102,9 @@ class Settings(Strict):
             *self._groups(student.parameters(), self.learning_rate),
             *self._groups(objective.parameters(), self.projection_learning_rate or self.learning_rate),
         ]
-        options: dict[str, Any] = {"fused": True} if self.optimizer in FUSED else {}
+        # Fused, SGD with momentum fails on parameters that come into play later than others.
+        slow = self.optimizer == "sgd" and self.optimizer_options.get("momentum")
+        options: dict[str, Any] = {"fused": True} if self.optimizer in FUSED and not slow else {}
         try:
             return OPTIMIZERS[self.optimizer](groups, **options | self.optimizer_options)
         except (TypeError, ValueError) as error:

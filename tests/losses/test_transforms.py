@@ -349,6 +349,43 @@ def test_flsw_weighs_by_the_angle():
     torch.testing.assert_close(own, 4 + 2 * (angles.mean() - angles), rtol=1e-12, atol=0)
 
 
+# ---- probabilities --------------------------------------------------------------------------------------------
+
+
+def test_probabilities_become_logits_and_logits_stay():
+    p, q = torch.softmax(LS, dim=-1), torch.softmax(LT, dim=-1)
+    transform = build_transform("log_of_probabilities")
+    expected = (q * (q.log() - p.log())).sum(dim=-1)
+    for student, teacher in ((p, q), (LS, q), (p, LT), (LS, LT)):
+        torch.testing.assert_close(forward_kl(*transform(student, teacher, None)), expected)
+    assert transform(LS, LT, None)[0] is LS
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[[0.5, 0.5], [0.5, 0.6]], [[1.5, -0.5], [0.5, 0.5]], [[0.2, 0.2], [0.5, 0.5]], [[2.0, 2.0], [0.0, 0.0]]],
+)
+def test_what_is_no_distribution_in_every_row_stays(rows):
+    side = torch.tensor(rows)
+    assert build_transform("log_of_probabilities")(side, LT, None)[0] is side
+
+
+def test_probabilities_of_zero_and_of_masked_rows():
+    side = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.25, 0.75]], requires_grad=True)
+    student, _ = build_transform("log_of_probabilities")(side, torch.zeros(3, 2), None)
+    assert student.isfinite().all()
+    torch.testing.assert_close(student.softmax(dim=-1)[[0, 2]], side.detach()[[0, 2]])
+    student[2].sum().backward()
+    assert side.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_probabilities_in_half_precision(dtype):
+    side = torch.softmax(torch.randn(20, 50, generator=torch.Generator().manual_seed(0)), dim=-1)
+    student, _ = build_transform("log_of_probabilities")(side.to(dtype), LT, None)
+    torch.testing.assert_close(student.softmax(dim=-1), side, atol=0.005, rtol=0.02)
+
+
 # ---- building -------------------------------------------------------------------------------------------------
 
 

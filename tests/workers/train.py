@@ -1,7 +1,7 @@
 """A small training in a process of its own, to be launched on several ranks or killed.
 
 python train.py OUT.safetensors --ranks N [--folder DIR] [--accumulation N] [--dropout P] [--steps N]
-    [--examples N] [--kill-at STEP] [--stop-at STEP] [--interrupt-at STEP RANK] [--best] [--cache DIR]
+    [--examples N] [--kill-at STEP] [--stop-at STEP] [--interrupt-at STEP RANK] [--best] [--cache DIR] [--stages]
 """
 
 import argparse
@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 from transformers import BertConfig, BertForSequenceClassification
 
 from limbeck import Callback, Distiller, Examples, Settings, Term, fit
 from limbeck.cache import Store
+from limbeck.stages import Stage
 from limbeck.tasks.text import Padding
 from limbeck.teachers import Cached, ModuleTeacher
 from limbeck.train.checkpoint import save_weights
@@ -50,7 +52,15 @@ def model(layers, hidden, dropout, seed):
     return BertForSequenceClassification(config)
 
 
-def distiller(dropout=0.0, cache=None):
+STAGES = [
+    Stage(0.4, terms=["hidden"], trains=["bert.encoder.layer.0"]),
+    Stage(0.7, terms=["kd", "cross_entropy"]),
+    Stage(trains=["classifier.*"]),
+]
+"""A block alone; then all, and what did not train before; then the head alone, which some terms do not read."""
+
+
+def distiller(dropout=0.0, cache=None, stages=()):
     terms = [
         Term("logits", loss="forward_kl", temperature=2.0, name="kd"),
         Term("bert.encoder.layer.0", "bert.encoder.layer.1", loss="mse", project="linear", name="hidden"),
@@ -58,7 +68,7 @@ def distiller(dropout=0.0, cache=None):
     ]
     teacher = model(2, 24, 0.0, seed=2)
     source = teacher if cache is None else Cached(ModuleTeacher(teacher), Store({}, cache))
-    return Distiller(model(1, 16, dropout, seed=1), source, terms)
+    return Distiller(model(1, 16, dropout, seed=1), source, terms, stages=stages)
 
 
 class StopAt(Callback):
@@ -70,6 +80,14 @@ class StopAt(Callback):
     def on_step(self, state):
         if state.step == self.step:
             state.stop = "enough"
+
+
+class TellCut(Callback):
+    """Says whether this rank keeps only its share of the weights."""
+
+    def on_start(self, state):
+        if all(isinstance(p, DTensor) for p in state.distiller.parameters()):
+            say("weights are cut")
 
 
 class KillAt(Callback):
@@ -114,6 +132,8 @@ def main():
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--best", action="store_true")
     parser.add_argument("--cache", type=Path)
+    parser.add_argument("--gradients-every", type=int)
+    parser.add_argument("--stages", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     settings = Settings(
@@ -126,9 +146,10 @@ def main():
         evaluate_every=4,
         log_every=2,
         best=arguments.best,
+        gradients_every=arguments.gradients_every,
     )
-    trained = distiller(arguments.dropout, arguments.cache)
-    callbacks = [KillAt(arguments.kill_at)] if arguments.kill_at else []
+    trained = distiller(arguments.dropout, arguments.cache, STAGES if arguments.stages else ())
+    callbacks = [TellCut(), *([KillAt(arguments.kill_at)] if arguments.kill_at else [])]
     callbacks += [StopAt(arguments.stop_at)] if arguments.stop_at else []
     if arguments.interrupt_at:
         interrupt_at(trained, *arguments.interrupt_at)
@@ -139,6 +160,7 @@ def main():
         say("interrupted")
         return
     assert Accelerator().num_processes == arguments.ranks
+    assert type(trained.export()) is BertForSequenceClassification
     say(f"{result.stopped} after {result.steps}")
     if int(os.environ.get("RANK", "0")) == 0:
         save_weights(trained, arguments.out)

@@ -1,0 +1,121 @@
+"""The configs of Intel Extension for Transformers, and the metrics by which it chooses a student."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from limbeck.compat.intel_criteria import (
+    CriterionConfig,
+    IntermediateLayersKnowledgeDistillationLossConfig,
+    KnowledgeDistillationLossConfig,
+)
+from limbeck.registry import nearest
+
+
+@dataclass
+class Criterion:
+    """What is learned: "KnowledgeLoss" or "IntermediateLayersLoss", whose temperature does not count."""
+
+    name: str = "KnowledgeLoss"
+    temperature: float = 1.0
+    loss_types: Sequence[str] = ("CE", "CE")
+    loss_weight_ratio: Sequence[float] = (0.5, 0.5)
+    layer_mappings: Sequence[Any] | None = None
+    add_origin_loss: bool = False
+
+    def config(self) -> CriterionConfig:
+        """Neural Compressor's config of the same criterion."""
+        if self.name.upper() == "KNOWLEDGELOSS":
+            return KnowledgeDistillationLossConfig(self.temperature, self.loss_types, self.loss_weight_ratio)
+        if self.name.upper() == "INTERMEDIATELAYERSLOSS":
+            return IntermediateLayersKnowledgeDistillationLossConfig(
+                self.layer_mappings or (), self.loss_types, self.loss_weight_ratio, self.add_origin_loss
+            )
+        known = ["KnowledgeLoss", "IntermediateLayersLoss"]
+        raise ValueError(f"unknown criterion {self.name!r}; {nearest(self.name, known)}")
+
+
+@dataclass
+class FlashDistillationConfig:
+    """Block after block: for each stage the names of what trains, pairs of layers, and a number of updates.
+
+    A stage trains all parameters whose name its block's name is in; ``""`` is in all. By default its types are
+    MSE, its weights are equal, 1 together, and it has 500 updates. All lists have an entry for each stage.
+    """
+
+    block_names: Sequence[str] = ()
+    layer_mappings_for_knowledge_transfer: Sequence[Any] = ()
+    loss_types: Sequence[Sequence[str]] = ()
+    loss_weights: Sequence[Sequence[float]] = ()
+    add_origin_loss: Sequence[bool] = ()
+    train_steps: Sequence[int] = ()
+
+    def criteria(self) -> list[tuple[str, IntermediateLayersKnowledgeDistillationLossConfig, int]]:
+        """What trains, by which criterion and for how many updates, stage by stage."""
+        mappings = self.layer_mappings_for_knowledge_transfer
+        given = {
+            "block_names": self.block_names or [""] * len(mappings),
+            "loss_types": self.loss_types or [[]] * len(mappings),
+            "loss_weights": self.loss_weights or [[]] * len(mappings),
+            "add_origin_loss": self.add_origin_loss or [False] * len(mappings),
+            "train_steps": self.train_steps or [500] * len(mappings),
+        }
+        for name, entries in given.items():
+            if not mappings or len(entries) != len(mappings):
+                raise ValueError(
+                    f"{name} has {len(entries)} entries for {len(mappings)} stages; give one for each"
+                )
+        return [
+            (block, IntermediateLayersKnowledgeDistillationLossConfig(pairs, kinds, weights, adds), steps)
+            for pairs, block, kinds, weights, adds, steps in zip(mappings, *given.values(), strict=True)
+        ]
+
+
+@dataclass
+class Metric:
+    """By what the best student is chosen; of several, by the sum with their `weight_ratio`.
+
+    `is_relative` and `criterion` are for quantization, which is not here.
+    """
+
+    name: str
+    greater_is_better: bool = True
+    is_relative: bool = True
+    criterion: float = 0.01
+    weight_ratio: float | None = None
+
+
+@dataclass
+class DistillationConfig:
+    """The criterion, and the metric or metrics by which the best student is chosen; without any it is the last."""
+
+    framework: str = "pytorch"
+    criterion: Criterion = field(default_factory=Criterion)
+    metrics: Metric | Sequence[Metric] | None = None
+
+    def __post_init__(self) -> None:
+        if self.framework not in ("pytorch", "pytorch_fx"):
+            raise ValueError(f"framework {self.framework!r} is not here; {nearest(self.framework, ['pytorch'])}")
+
+
+def check_metrics(chosen: Sequence[Metric], found: Mapping[str, float]) -> None:
+    """Refuse metrics that an evaluation does not have, and several without weights."""
+    for metric in chosen:
+        if metric.name not in found:
+            raise ValueError(f"evaluations have no metric {metric.name!r}; {nearest(metric.name, found)}")
+        if len(chosen) > 1 and metric.weight_ratio is None:
+            raise ValueError(f"of several metrics each has a weight_ratio; {metric.name!r} has none")
+
+
+def score(chosen: Sequence[Metric], found: Mapping[str, float]) -> float:
+    """The higher the better, whatever the metrics are; no number for an evaluation of other data."""
+    if any(metric.name not in found for metric in chosen):
+        return math.nan
+    parts = [
+        (1 if m.greater_is_better else -1) * (1.0 if m.weight_ratio is None else m.weight_ratio) * found[m.name]
+        for m in chosen
+    ]
+    return sum(parts)

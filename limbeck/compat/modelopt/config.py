@@ -1,0 +1,96 @@
+"""What the modes of `convert` are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+Loss = Callable[..., Any]
+Criterion = Loss | Mapping[tuple[str, str], Loss | Sequence[Loss]]
+
+
+class ConfigError(ValueError, AssertionError, AttributeError):
+    """Something that cannot work as it was asked for.
+
+    ModelOpt asserts in some places and finds no attribute in others; scripts that catch those catch this.
+    """
+
+
+@dataclass
+class KDLossConfig:
+    """The mode ``"kd_loss"``.
+
+    Args:
+        teacher_model: A module, a class or function that makes one, ``(class, args, kwargs)``, or the path of a
+            transformers model.
+        criterion: A loss between the outputs of both models; or losses by pair of modules, ``{(student's path,
+            teacher's path): loss}``, a list of them where a pair has several. The path "" is the whole model.
+        loss_balancer: What makes one loss of several and the student's own.
+        expose_minimal_state_dict: Keep the teacher out of the module tree, so out of the state dict.
+
+    Raises:
+        ConfigError: no teacher, no loss, several losses without a balancer, or a balancer with parameters.
+        TypeError: a loss that cannot be called.
+    """
+
+    teacher_model: Any = None
+    criterion: Criterion | None = None
+    loss_balancer: nn.Module | None = None
+    expose_minimal_state_dict: bool = True
+
+    def losses(self) -> list[tuple[tuple[str, str], Loss]]:
+        """All losses, each with its pair of modules, checked."""
+        for name in ("teacher_model", "criterion"):
+            if getattr(self, name) is None:
+                raise ConfigError(f"the mode needs {name}, and there is none; add {name!r} to its configuration")
+        given: Any = self.criterion
+        pairs: Mapping[Any, Any] = given if isinstance(given, Mapping) else {("", ""): given}
+        found = [
+            (pair, loss)
+            for pair, of_pair in pairs.items()
+            for loss in (of_pair if isinstance(of_pair, (list, tuple)) else [of_pair])
+        ]
+        for pair, loss in found:
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise ConfigError(f"losses are given for pairs (student's module, teacher's module), got {pair!r}")
+            if not callable(loss):
+                raise TypeError(f"the loss of {pair} cannot be called, it is a {type(loss).__name__}; pass a loss")
+        self._check_balancer(len(found))
+        return found
+
+    def _check_balancer(self, losses: int) -> None:
+        if losses == 0:
+            raise ConfigError("the criterion holds no loss; add {('', ''): LogitsDistillationLoss()}")
+        if self.loss_balancer is None:
+            if losses > 1:
+                raise ConfigError("multiple layer-loss pairs need a loss_balancer; add StaticLossBalancer(1.0)")
+        elif next(self.loss_balancer.parameters(), None) is not None:
+            raise ConfigError(
+                "a loss_balancer cannot have parameters, which nothing would train; keep numbers in it"
+            )
+
+
+@dataclass
+class LayerwiseKDConfig:
+    """The mode ``"layerwise_kd"``: as `KDLossConfig`, with a criterion by pairs of modules, none a whole model."""
+
+    teacher_model: Any = None
+    criterion: Criterion | None = None
+    loss_balancer: nn.Module | None = None
+    expose_minimal_state_dict: bool = True
+
+    def losses(self) -> list[tuple[tuple[str, str], Loss]]:
+        """All losses, each with its pair of modules, checked."""
+        plain = KDLossConfig(self.teacher_model, self.criterion, self.loss_balancer)
+        found = plain.losses()
+        if any("" in pair for pair, _ in found):
+            raise ConfigError("layer by layer, losses are given for pairs of modules; name them in the criterion")
+        return found
+
+
+@dataclass
+class ExportStudentConfig:
+    """The mode ``"export_student"``, which has no options."""

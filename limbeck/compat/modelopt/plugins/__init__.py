@@ -1,0 +1,1 @@
+"""Of ModelOpt's plug-ins, that for transformers' Trainer: `limbeck.compat.modelopt.plugins.huggingface`."""

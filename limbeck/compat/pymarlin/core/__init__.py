@@ -1,0 +1,1 @@
+"""The module names of ``pymarlin.core``."""

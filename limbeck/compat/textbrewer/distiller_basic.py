@@ -1,0 +1,5 @@
+"""Where TextBrewer has its BasicDistiller."""
+
+from limbeck.compat.textbrewer.distillers import BasicDistiller
+
+__all__ = ["BasicDistiller"]

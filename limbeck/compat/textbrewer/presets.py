@@ -1,0 +1,149 @@
+"""TextBrewer's tables of names, which `register_new` and users' scripts add to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+from torch import nn
+
+from limbeck.compat.textbrewer import losses, schedulers
+from limbeck.registry import nearest
+
+FEATURES = ["hidden", "attention"]
+ADAPTOR_KEYS = ["logits", "logits_mask", "losses", "inputs_mask", "labels", *FEATURES]
+
+Projection = Callable[[int, int], nn.Module]
+
+
+def linear_projection(dim_in: int, dim_out: int) -> nn.Module:
+    """A linear layer, its weights normal with deviation 0.02 and its bias zero."""
+    layer = nn.Linear(dim_in, dim_out)
+    nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def projection_with_activation(act_fn: str) -> Projection:
+    """Make linear projections with an activation of `torch.nn` behind, by its name: ``"ReLU"``.
+
+    Example:
+        >>> projection_with_activation("Tanh")(2, 3)[1]
+        Tanh()
+    """
+
+    def projection(dim_in: int, dim_out: int) -> nn.Module:
+        activation: Callable[[], nn.Module] = getattr(nn, act_fn)
+        return nn.Sequential(linear_projection(dim_in, dim_out), activation())
+
+    return projection
+
+
+class DynamicKeyDict(MutableMapping[Any, Any]):
+    """A table whose entries with options are asked for by ``[name, *options]`` or ``[name, {option: value}]``.
+
+    Example:
+        >>> DynamicKeyDict({"power": lambda base, to=2: base**to})[["power", 3, 3]]
+        27
+    """
+
+    def __init__(self, kv_dict: dict[str, Any]) -> None:
+        self.store = kv_dict
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, (list, tuple)):
+            return self.store[key]
+        name, *options = key
+        if len(options) == 1 and isinstance(options[0], Mapping):
+            return self.store[name](**options[0])
+        return self.store[name](*options) if options else self.store[name]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.store[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.store[key]
+
+    def __contains__(self, key: object) -> bool:
+        return (key[0] if isinstance(key, (list, tuple)) else key) in self.store
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.store)
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+
+TEMPERATURE_SCHEDULER = DynamicKeyDict(
+    {
+        "constant": schedulers.constant_temperature_scheduler,
+        "flsw": schedulers.flsw_temperature_scheduler_builder,
+        "cwsm": schedulers.cwsm_temperature_scheduler_builder,
+    }
+)
+KD_LOSS_MAP: dict[str, Callable[..., Any]] = {"mse": losses.kd_mse_loss, "ce": losses.kd_ce_loss}
+MATCH_LOSS_MAP: dict[str, Callable[..., Any]] = {
+    "attention_mse_sum": losses.att_mse_sum_loss,
+    "attention_mse": losses.att_mse_loss,
+    "attention_ce_mean": losses.att_ce_mean_loss,
+    "attention_ce": losses.att_ce_loss,
+    "hidden_mse": losses.hid_mse_loss,
+    "cos": losses.cos_loss,
+    "pkd": losses.pkd_loss,
+    "gram": losses.fsp_loss,
+    "fsp": losses.fsp_loss,
+    "mmd": losses.mmd_loss,
+    "nst": losses.mmd_loss,
+}
+PROJ_MAP: dict[str, Projection] = {
+    "linear": linear_projection,
+    "relu": projection_with_activation("ReLU"),
+    "tanh": projection_with_activation("Tanh"),
+}
+WEIGHT_SCHEDULER: dict[str, Callable[[float], float]] = {
+    "linear_decay": schedulers.linear_decay_weight_scheduler,
+    "linear_growth": schedulers.linear_growth_weight_scheduler,
+}
+MAPS: dict[str, MutableMapping[str, Any]] = {
+    "kd_loss": KD_LOSS_MAP,
+    "match_Loss": MATCH_LOSS_MAP,
+    "projection": PROJ_MAP,
+    "weight_scheduler": WEIGHT_SCHEDULER,
+    "temperature_scheduler": TEMPERATURE_SCHEDULER,
+}
+
+
+def register_new(map_name: str, name: str, func: Callable[..., Any]) -> None:
+    """Add a function to a table.
+
+    Args:
+        map_name: ``"kd_loss"``, ``"match_Loss"``, ``"projection"``, ``"weight_scheduler"`` or
+            ``"temperature_scheduler"``.
+        name: Its name there.
+        func: The function.
+
+    Raises:
+        ValueError: an unknown table.
+        TypeError: what cannot be called.
+    """
+    table = find(map_name, MAPS, "table")
+    if not callable(func):
+        raise TypeError(f"{name!r} must be a function, got {func!r}")
+    table[name] = func
+
+
+def find(name: Any, table: Mapping[Any, Any], what: str) -> Any:
+    """An entry of a table.
+
+    Raises:
+        ValueError: there is none of this name; the message says the nearest.
+
+    Example:
+        >>> find("hiden_mse", MATCH_LOSS_MAP, "match loss")
+        Traceback (most recent call last):
+        ValueError: unknown match loss 'hiden_mse'; did you mean 'hidden_mse'?
+    """
+    if name not in table:
+        plain = name[0] if isinstance(name, (list, tuple)) and name else name
+        raise ValueError(f"unknown {what} {plain!r}; {nearest(str(plain), map(str, table))}")
+    return table[name]

@@ -1,0 +1,152 @@
+"""What a Trainer's data keep on the way to a student and its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from limbeck.batch import as_batch, task_of, view
+from limbeck.teachers import Given, ModuleInputs, ModuleTeacher, Remote, Self, Teacher, within
+from limbeck.teachers.average import Average
+from limbeck.teachers.base import Combined
+from limbeck.teachers.own import WithoutAdapter
+from limbeck.teachers.remote import FIELD
+from limbeck.terms import Term
+from limbeck.train.checkpoint import random_state, set_random_state
+from limbeck.types import EXAMPLE_ID, INPUTS, LABELS, STUDENT, TASK, TEACHER, TEACHER_CACHE
+
+BESIDE = (EXAMPLE_ID, TASK, TEACHER_CACHE, STUDENT, TEACHER, INPUTS, LABELS, "label", "label_ids")
+"""Entries that a distillation knows, whatever the models take."""
+
+SAMPLE = 2
+
+Collate = Callable[[Sequence[Any]], Any]
+
+
+def base_of(student: nn.Module) -> nn.Module:
+    """The model that names its task and inputs: the student, or the one in it that adapters were put on.
+
+    Example:
+        >>> base_of(nn.Linear(2, 3))
+        Linear(in_features=2, out_features=3, bias=True)
+    """
+    from transformers.utils import is_peft_available
+
+    if not is_peft_available():
+        return student
+    from peft import PeftModel
+
+    base: nn.Module = student.get_base_model() if isinstance(student, PeftModel) else student
+    return base
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Which entries of an example are for whom.
+
+    Attributes:
+        student: What the student's forward names.
+        others: What the teacher takes beside that, masks and labels that terms name.
+        takes_all: Whether the student's forward passes on what it does not name.
+        anything: Whether the teacher may read any entry, for all that is known of it.
+    """
+
+    student: frozenset[str]
+    others: frozenset[str]
+    takes_all: bool
+    anything: bool
+
+    @classmethod
+    def of(
+        cls, student: nn.Module, teacher: Teacher | None, terms: Sequence[Term], labels: Sequence[str]
+    ) -> Entries:
+        """Look at what two models take and terms name.
+
+        Example:
+            >>> entries = Entries.of(nn.Linear(2, 3), None, [Term("logits", loss="mse", mask="known")], ["labels"])
+            >>> sorted(entries.student), "known" in entries.others, entries.anything
+            (['input', 'labels'], True, False)
+        """
+        call = ModuleInputs(base_of(student))
+        own = call.named | set(labels)
+        read = [name for _, inner in within(teacher) for name in (_reads(inner) or ()) if call.named]
+        named = [entry for t in terms for entry in (t.mask, t.labels) if entry]
+        others = {*BESIDE, *read, *named} - own
+        anything = any(_reads(inner) is None for _, inner in within(teacher))
+        return cls(frozenset(own), frozenset(others), call.is_open, anything)
+
+    def of_student(self, batch: Any) -> Any:
+        """The part of a batch that the student's forward is given in an evaluation.
+
+        Example:
+            >>> entries = Entries(frozenset({"x"}), frozenset({"seen", "student"}), True, False)
+            >>> entries.of_student({"student": {"x": 1}, "seen": 2, "more": 3})
+            {'more': 3, 'x': 1}
+        """
+        own = view(as_batch(batch), STUDENT)
+        return {k: v for k, v in own.items() if k in self.student or (self.takes_all and k not in self.others)}
+
+
+@dataclass(frozen=True)
+class StudentOnly:
+    """Collates examples for a student alone; an object, since workers are sent it."""
+
+    collate: Collate
+    entries: Entries
+
+    def __call__(self, examples: Sequence[Any]) -> Any:
+        """A batch without what is for the teacher."""
+        return self.entries.of_student(self.collate(examples))
+
+
+def _reads(teacher: Teacher) -> list[str] | None:
+    """The entries that one kind of teacher reads by itself; None where that is not known."""
+    if isinstance(teacher, ModuleTeacher):
+        call = ModuleInputs(teacher.module)
+        return None if call.is_open and not call.named - {TASK} else sorted(call.named)
+    if isinstance(teacher, Remote):
+        return ["input_ids", "attention_mask", *FIELD.findall(teacher.prompt or "")]
+    known = isinstance(teacher, (Combined, Given, Self, Average, WithoutAdapter))
+    return [] if known else None
+
+
+def samples(loader: Any, tasks: Sequence[str]) -> Iterator[Any]:
+    """Batches of two examples of the data behind a loader, one for each task; nothing is taken from the loader.
+
+    Random numbers are drawn; who calls puts them back.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> list(samples(DataLoader([1, 2, 3], batch_size=3), ()))
+        [tensor([1, 2])]
+    """
+    if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
+        yield loader.collate_fn(list(islice(iter(loader.dataset), SAMPLE)))
+        return
+    missing = set(tasks)
+    for indices in loader.batch_sampler:
+        batch = loader.collate_fn([loader.dataset[i] for i in islice(indices, SAMPLE)])
+        if tasks and task_of(as_batch(batch)) not in missing:
+            continue
+        yield batch
+        if not tasks:
+            return
+        missing.discard(task_of(as_batch(batch)))
+        if not missing:
+            return
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Look at data and models, and leave the random generators where they were."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)
