@@ -347,6 +347,31 @@ def test_the_saved_student_loads_as_it_is(tmp_path):
         assert torch.equal(value, loaded.state_dict()[name])
 
 
+def test_width_shrinkage_makes_a_narrower_student(tmp_path):
+    """PyMarlin's documents name it; the student lacks half of the heads, the hidden size and the neurons."""
+    wanted = {"loss_types": ["logits", "labels", "hidden_states"], "loss_weights": [1.0, 0.5, 2.0]}
+    made = recipe(output=str(tmp_path / "student"), width_shrinkage=0.5, **wanted)
+    teacher = made.teacher.config
+    trainer = Trainer(made, trainer_args(tmp_path, checkpoints={"checkpoint": False}))
+    before = [p.clone() for p in made.objective.parameters()]
+    trainer.train()
+    assert before
+    assert not any(torch.equal(p, was) for p, was in zip(made.objective.parameters(), before, strict=True))
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
+    assert (loaded.config.num_hidden_layers, loaded.config.hidden_size) == (2, teacher.hidden_size // 2)
+    assert loaded.config.num_attention_heads == teacher.num_attention_heads // 2
+    assert loaded.config.intermediate_size == teacher.intermediate_size // 2
+    for name, value in made.model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name])
+
+
+def test_attention_of_fewer_heads_is_no_loss():
+    with pytest.raises(
+        ValueError, match=r"the student has 1 attention heads and the teacher 2, .*; drop attentions"
+    ):
+        recipe(width_shrinkage=0.5, loss_types=["attentions"], loss_weights=[1.0])
+
+
 def test_a_narrower_student_has_a_projection_that_trains(tmp_path):
     student = bert(layers=2, width=8, seed=5)
     made = recipe(student=student, loss_types=["hidden_states"], loss_weights=[1.0])

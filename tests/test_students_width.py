@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from limbeck.students import shrink
+from limbeck.students import narrower_sizes, shrink
 
 torch.set_num_threads(1)
 
@@ -386,6 +386,22 @@ def test_fresh_weights_have_the_same_shapes():
     }
 
 
+@pytest.mark.parametrize(
+    ("make", "share", "sizes"),
+    [
+        (bert, 0.5, (8, 2, 12)),
+        (bert, 0.0, (16, 4, 24)),
+        (llama, 0.25, (12, 4, 18)),  # 1.5 heads of keys are two, each with two queries
+        (llama, 0.5, (8, 2, 12)),
+        (vit, 0.9, (2, 1, 2)),
+    ],
+)
+def test_sizes_that_are_smaller_by_a_share(make, share, sizes):
+    found = narrower_sizes(made(make), share)
+    assert tuple(found.values()) == sizes
+    assert logits(shrink(made(make), **found)).isfinite().all()
+
+
 def adapted():
     model = bert()
     model.bert.pooler.dense = nn.Linear(16, 20)
@@ -442,6 +458,8 @@ def test_what_cannot_be_is_refused(make, options, message):
 
 
 def test_wrong_kinds_are_refused():
+    with pytest.raises(ValueError, match=r"share=1.0 is out of range; what goes is at least 0 and less than 1"):
+        narrower_sizes(bert(), 1.0)
     with pytest.raises(TypeError, match="a Linear has no config to shrink by; pass a transformers model"):
         shrink(nn.Linear(2, 2), hidden_size=1)
     with pytest.raises(TypeError, match=r"hidden_size=0.5 is a float; give a whole number"):

@@ -5,6 +5,15 @@ from limbeck.students.fresh import from_config
 from limbeck.students.heads import Heads
 from limbeck.students.lora import merged, with_lora
 from limbeck.students.vocabulary import cut_tokenizer
-from limbeck.students.width import shrink
+from limbeck.students.width import narrower_sizes, shrink
 
-__all__ = ["Heads", "cut_tokenizer", "from_config", "merged", "shrink", "take_layers", "with_lora"]
+__all__ = [
+    "Heads",
+    "cut_tokenizer",
+    "from_config",
+    "merged",
+    "narrower_sizes",
+    "shrink",
+    "take_layers",
+    "with_lora",
+]

@@ -77,8 +77,7 @@ def shrink(
         >>> student.config.hidden_size, student.config.num_attention_heads, student.config.intermediate_size
         (8, 2, 20)
     """
-    if not is_transformers_model(model):
-        raise TypeError(f"a {type(model).__name__} has no config to shrink by; pass a transformers model")
+    _check_model(model)
     for name, value, known in (("importance", importance, MEASURES), ("init", init, INITS)):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}; {nearest(str(value), known)}")
@@ -96,6 +95,43 @@ def shrink(
         student.tie_weights()
     _same_state(student, model, tokens)
     return student  # type: ignore[no-any-return]
+
+
+def narrower_sizes(model: nn.Module, share: float) -> dict[str, Any]:
+    """Sizes that are smaller by one share: hidden size, heads and feed-forward units, as `shrink` takes them.
+
+    Heads keep their size, and as many queries share a key as before. Where heads times their size is the hidden
+    size, it stays so.
+
+    Args:
+        model: A transformers model.
+        share: What part goes, between 0 and 1; sizes are rounded, and stay at least 1.
+
+    Raises:
+        TypeError: this is no transformers model.
+        ValueError: `share` is out of range, or the model cannot be made narrower.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> teacher = BertModel(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2,
+        ...                                num_attention_heads=4, intermediate_size=32))
+        >>> narrower_sizes(teacher, 0.25)
+        {'hidden_size': 12, 'heads': 3, 'intermediate_size': 24}
+    """
+    _check_model(model)
+    if not 0 <= share < 1:
+        raise ValueError(f"share={share} is out of range; what goes is at least 0 and less than 1")
+    axes = find_axes(model)
+    groups = axes.sizes.get(GROUPS, axes.sizes[HEADS])
+    sizes = {axis: max(1, round(axes.sizes[axis] * (1 - share))) for axis in (HIDDEN, UNITS)}
+    heads = max(1, round(groups * (1 - share))) * (axes.sizes[HEADS] // groups)
+    hidden = heads * axes.head_size if axes.tied else sizes[HIDDEN]
+    return {"hidden_size": hidden, "heads": heads, "intermediate_size": sizes[UNITS]}
+
+
+def _check_model(model: nn.Module) -> None:
+    if not is_transformers_model(model):
+        raise TypeError(f"a {type(model).__name__} has no config to shrink by; pass a transformers model")
 
 
 def _targets(axes: Axes, asked: Mapping[str, int | None], kind: str) -> dict[str, int]:

@@ -21,7 +21,7 @@ from limbeck.distiller import Distiller
 from limbeck.pairing import expose_attention
 from limbeck.pretrained import load_pretrained
 from limbeck.registry import nearest
-from limbeck.students import take_layers
+from limbeck.students import narrower_sizes, shrink, take_layers
 from limbeck.students.depth import count_layers
 from limbeck.terms import Term, layer_pairs, spread
 from limbeck.types import Output
@@ -45,7 +45,8 @@ class DistillationArguments:
         loss_weights: One for each.
         temperature: Of the logits.
         scale_loss_by_temp: Multiply the loss of the logits by the temperature squared.
-        width_shrinkage: The share of heads and of feed-forward neurons that a student keeps; 0 for all.
+        width_shrinkage: The share of the width (heads, hidden size, feed-forward units) that a student lacks.
+            The least important by their weights go; attention maps are then no loss, since heads go too.
         student_model_config_path: Accepted where it is `student_model_path`.
         student_model_config_file: Accepted, and of no effect.
         student_model_file: Accepted, and of no effect.
@@ -77,6 +78,8 @@ class DistillationArguments:
         for kind in self.loss_types:
             if kind not in LOSS_TYPES:
                 raise ValueError(f"unknown loss type {kind!r}; {nearest(kind, LOSS_TYPES)}")
+        if not 0 <= self.width_shrinkage < 1:
+            raise ValueError(f"width_shrinkage must be at least 0 and less than 1, got {self.width_shrinkage!r}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature!r}")
         if len(self.loss_types) != len(self.loss_weights) or not self.loss_types:
@@ -93,6 +96,12 @@ class DistillationArguments:
         """
         pairs = self._pairs(count_layers(student), count_layers(teacher))
         wider = student.config.hidden_size != teacher.config.hidden_size
+        heads = [model.config.num_attention_heads for model in (student, teacher)]
+        if "attentions" in self.loss_types and heads[0] != heads[1]:
+            raise ValueError(
+                f"the student has {heads[0]} attention heads and the teacher {heads[1]}, which cannot be "
+                "compared one by one; drop attentions from loss_types"
+            )
         numbers = student.config.num_labels == 1
         found: list[Term] = []
         for kind, weight in zip(self.loss_types, self.loss_weights, strict=True):
@@ -171,9 +180,7 @@ class Distilling(ModuleInterface):
     def _made_of(self, teacher: Any) -> Any:
         layers, share = self.distill_args.student_layers, self.distill_args.width_shrinkage
         student = take_layers(teacher, layers) if layers else copy.deepcopy(teacher)
-        if share:
-            raise ValueError(f"width_shrinkage={share} is not supported yet; set it to 0, or student_model_path")
-        return student
+        return shrink(student, **narrower_sizes(student, share)) if share else student
 
     def prepare_training(self) -> None:
         """Make the Distiller and check everything on two examples, before the optimizers are made."""
