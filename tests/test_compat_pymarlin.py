@@ -322,6 +322,25 @@ def test_the_saved_student_loads_as_it_is(tmp_path):
         assert torch.equal(value, loaded.state_dict()[name])
 
 
+@pytest.mark.parametrize(("share", "heads", "units"), [(0.5, 2, 16), (0.3, 2, 9)])
+def test_width_shrinkage_is_the_share_that_stays(tmp_path, share, heads, units):
+    """As the GLUE example computes it: heads rounded up, feed-forward units down, heads of the teacher's size."""
+    teacher = bert(layers=4, num_attention_heads=4, attn_implementation="eager")
+    options = {**ALL, "width_shrinkage": share}
+    made = recipe(teacher=teacher, output=str(tmp_path / "student"), **options)
+    trainer = Trainer(made, trainer_args(tmp_path, checkpoints={"checkpoint": False}))
+    before = [p.clone() for p in made.objective.parameters()]
+    trainer.train()
+    assert before
+    assert not any(torch.equal(p, was) for p, was in zip(made.objective.parameters(), before, strict=True))
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
+    assert (loaded.config.num_hidden_layers, loaded.config.num_attention_heads) == (2, heads)
+    assert loaded.config.hidden_size == heads * teacher.config.hidden_size // 4
+    assert loaded.config.intermediate_size == units
+    for name, value in made.model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name])
+
+
 def test_a_narrower_student_has_a_projection_that_trains(tmp_path):
     student = bert(layers=2, width=8, seed=5)
     made = recipe(student=student, loss_types=["hidden_states"], loss_weights=[1.0])

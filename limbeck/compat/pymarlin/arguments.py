@@ -266,7 +266,8 @@ class DistillationArguments(Options):
         loss_weights: One for each.
         temperature: Of the logits.
         scale_loss_by_temp: Multiply the loss of the logits by the temperature squared.
-        width_shrinkage: The share of heads and of feed-forward neurons that a student keeps; 0 for all.
+        width_shrinkage: The share of heads, and so of the hidden size, and of feed-forward units that a student
+            made of the teacher keeps, as in PyMarlin's GLUE example; 0 for all.
         student_model_config_path: Accepted where it is `student_model_path`.
         student_model_config_file: Accepted, and of no effect.
         student_model_file: Accepted, and of no effect.

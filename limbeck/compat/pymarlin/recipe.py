@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from limbeck.compat.pymarlin.stats import global_stats
 from limbeck.distiller import Distiller
 from limbeck.pairing import expose_attention
 from limbeck.pretrained import load_pretrained
-from limbeck.students import take_layers
+from limbeck.students import shrink, take_layers
 from limbeck.students.depth import count_layers
 from limbeck.terms import Term, layer_pairs, spread
 from limbeck.train.settings import Settings
@@ -177,6 +178,25 @@ def paired_layers(chosen: Sequence[int], student: int, teacher: int) -> list[tup
     return layer_pairs([(i, j % teacher) for i, j in enumerate(chosen)], student, teacher)
 
 
+def narrowed(student: Any, share: float) -> Any:
+    """A student that keeps a share of the width, as in PyMarlin's GLUE example; heads keep their size.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
+        >>> teacher = BertModel(BertConfig(num_attention_heads=4, intermediate_size=10, **sizes))
+        >>> config = narrowed(teacher, 0.3).config
+        >>> config.num_attention_heads, config.hidden_size, config.intermediate_size
+        (2, 4, 3)
+    """
+    config = student.config
+    heads = math.ceil(share * config.num_attention_heads)
+    hidden = heads * (config.hidden_size // config.num_attention_heads)
+    return shrink(
+        student, heads=heads, hidden_size=hidden, intermediate_size=int(share * config.intermediate_size)
+    )
+
+
 class Distilling(ModuleInterface):
     """What turns a module into one that distils; mixed into another one, before it.
 
@@ -211,9 +231,8 @@ class Distilling(ModuleInterface):
 
     def _made_of(self, teacher: Any) -> Any:
         layers, share = self.distill_args.student_layers, self.distill_args.width_shrinkage
-        if share:
-            raise ValueError(f"width_shrinkage={share} is not supported yet; set it to 0, or student_model_path")
-        return take_layers(teacher, layers) if layers else copy.deepcopy(teacher)
+        student = take_layers(teacher, layers) if layers else copy.deepcopy(teacher)
+        return narrowed(student, share) if share else student
 
     def prepare_training(self) -> None:
         """Make the Distiller and check everything on two examples, before the optimizers are made."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from limbeck.compat.pymarlin.arguments import StatInitArguments as StatInitArguments
 from limbeck.registry import nearest
 
 LOGGER = logging.getLogger(__name__)
