@@ -26,6 +26,7 @@ from limbeck.compat.pymarlin.trainer import Trainer
 from limbeck.metrics import entity_scores, get_metric
 from limbeck.pretrained import load_tokenizer, load_with_head
 from limbeck.registry import nearest, refuse_unknown
+from limbeck.tasks.text import labels_of_tokens
 
 METRICS: Mapping[str, Mapping[str, str]] = {
     "acc": {"acc": "accuracy"},
@@ -198,17 +199,11 @@ class WordModule(TextModule):
         words, labels = zip(*batch, strict=True)
         # Padded to one length, for validation puts the logits of all batches behind one another.
         tokens = self._encoded([list(each) for each in words], is_split_into_words=True, padding="max_length")
-        rows = [self._labelled(tokens.word_ids(i), own) for i, own in enumerate(labels)]
+        pad, every = self.args.pad_label_id, self.args.label_all_tokens
+        rows = [
+            labels_of_tokens(tokens.word_ids(i), own, ignored=pad, every=every) for i, own in enumerate(labels)
+        ]
         return {**tokens, "labels": torch.tensor(rows)}
-
-    def _labelled(self, word_ids: Sequence[int | None], labels: Sequence[int]) -> list[int]:
-        """The labels of a text's tokens."""
-        found, before = [], None
-        for word in word_ids:
-            counts = word is not None and (word != before or self.args.label_all_tokens)
-            found.append(labels[word] if counts and word is not None else self.args.pad_label_id)
-            before = word
-        return found
 
     def scores(self, logits: Any, labels: Any) -> dict[str, float]:
         """How well whole entities are found."""

@@ -88,9 +88,8 @@ def build_trainer_backend(trainer_backend_name: str) -> TrainerBackend:
         ValueError: an unknown name, or a backend that is not supported here.
 
     Example:
-        >>> build_trainer_backend("spp")
-        Traceback (most recent call last):
-        ValueError: unknown backend 'spp'; did you mean 'sp'?
+        >>> build_trainer_backend("ddp-amp").precision
+        'fp16'
     """
     if trainer_backend_name.endswith(("-apex", "-dp")):
         raise ValueError(
