@@ -238,7 +238,7 @@ def _path_from(ancestor: str, path: str) -> str:
     return path.removeprefix(ancestor).removeprefix(".")
 
 
-def _is_transformers_model(module: nn.Module) -> bool:
+def is_transformers_model(module: nn.Module) -> bool:
     """Tell whether `module` is a transformers model, without importing transformers (seconds)."""
     modeling = sys.modules.get("transformers.modeling_utils")
     return modeling is not None and isinstance(module, modeling.PreTrainedModel)
@@ -248,7 +248,7 @@ def _owners(model: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
     """Yield the transformers models around `path`, outermost first, one for each config."""
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if _is_within(path, name) and _is_transformers_model(module):
+        if _is_within(path, name) and is_transformers_model(module):
             owner: Any = module
             if id(owner.config) not in seen:
                 seen.add(id(owner.config))
@@ -291,13 +291,13 @@ def _cut_configs(model: nn.Module, path: str, positions: Sequence[int], memo: di
     counting: set[str] = set()
     for name, owner in owners:
         attributes = _count_attributes(owner.config, _path_from(name, path), count)
-        _cut_config(copy.deepcopy(owner.config, memo), attributes, count, positions)
+        cut_config(copy.deepcopy(owner.config, memo), attributes, count, positions)
         counting.update(attributes)
     _check_rebuild(model, path, positions, memo)
     return counting
 
 
-def _cut_config(config: Any, attributes: Sequence[str], count: int, positions: Sequence[int]) -> None:
+def cut_config(config: Any, attributes: Sequence[str], count: int, positions: Sequence[int]) -> None:
     """Set the `attributes` that count layers, and cut the lists with an entry for each layer."""
     if not attributes:
         return
