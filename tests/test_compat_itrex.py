@@ -497,6 +497,10 @@ def test_neural_compressors_config_in_the_trainer(tmp_path):
             lambda: inc.Callbacks(nn.Linear(1, 1), inc.DistillationConfig(None, None, {"LARS": {}})),
             "SGD, Adam, AdamW",
         ),
+        (
+            lambda: inc.Callbacks(nn.Linear(1, 1), inc.DistillationConfig(LINEAR, None, {})),
+            "SGD, Adam, AdamW with its options, got {}",
+        ),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(make, message):

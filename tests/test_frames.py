@@ -227,6 +227,8 @@ def test_the_mean_of_tokens_leaves_padding_out():
     padded = part({"input_ids": ids, "attention_mask": mask})
     short = part({"input_ids": ids[:, :3], "attention_mask": mask[:, :3]})
     torch.testing.assert_close(padded, short)
+    hidden = part.encoder(input_ids=ids[:, :3], attention_mask=mask[:, :3]).last_hidden_state
+    torch.testing.assert_close(short, (hidden[:, 0] + hidden[:, 1] + hidden[:, 2]) / 3)
     with pytest.raises(ValueError, match="unknown pooling 'max'"):
         TextPart(bert(kind="BertModel"), "max")
 

@@ -120,9 +120,9 @@ class Callbacks:
         self.best.restore()
 
     def _optimizer(self, spec: Mapping[str, Mapping[str, Any]]) -> torch.optim.Optimizer | None:
-        (name, options), *more = spec.items()
-        if name not in OPTIMIZERS or more:
+        if len(spec) != 1 or not spec.keys() <= OPTIMIZERS.keys():
             raise ValueError(f"optimizer is one of {', '.join(OPTIMIZERS)} with its options, got {dict(spec)}")
+        ((name, options),) = spec.items()
         learned = list(self.beside.parameters())
         given = {"lr" if key == "learning_rate" else key: value for key, value in options.items()}
         return OPTIMIZERS[name](learned, **given) if learned else None
