@@ -24,7 +24,7 @@ from limbeck.terms import Term
 from limbeck.train.averages import TOTAL, Averages
 from limbeck.train.checkpoint import WEIGHTS, load_weights, read_tree, save_weights, write_tree
 from limbeck.train.hf_checks import check_covered, check_made
-from limbeck.train.hf_data import Entries, StudentOnly, base_of, samples, undisturbed
+from limbeck.train.hf_data import PARTS, Entries, StudentOnly, base_of, samples, undisturbed, without_texts
 from limbeck.train.hf_step import Remembering, Update
 from limbeck.train.hf_terms import default_terms, predicts_next
 from limbeck.train.loop import seed_everything
@@ -230,12 +230,16 @@ class _Distilling(Base):  # type: ignore[misc]
     def _set_signature_columns_if_needed(self) -> None:
         """Columns that stay: the student's, and what the teacher and the terms read."""
         super()._set_signature_columns_if_needed()
-        more = self._entries().others - set(self._signature_columns)
+        more = self._entries().columns - set(self._signature_columns)
         self._signature_columns += sorted(more)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         """All columns stay where it cannot be known what the teacher reads."""
-        return dataset if self._entries().anything else super()._remove_unused_columns(dataset, description)
+        entries = self._entries()
+        if entries.anything or not self.args.remove_unused_columns:
+            return dataset
+        own = without_texts(dataset, set(PARTS) - entries.student)
+        return super()._remove_unused_columns(own, description)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         """The same for data sets that are no `datasets.Dataset`."""
