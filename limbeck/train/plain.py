@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sequ
 from limbeck.batch import batch_size, map_tensors
 from limbeck.train.checkpoint import random_state, set_random_state
 from limbeck.train.loop import AUTOCAST
-from limbeck.train.plain_state import WEIGHTS, Callback, Keeping, State
+from limbeck.train.plain_state import WEIGHTS, Callback, Draws, Keeping, State
 from limbeck.train.ranks import start_accelerator
 from limbeck.train.settings import Settings
 
@@ -108,7 +108,7 @@ class Loop:
         self._scaler = torch.amp.GradScaler(self._place.type, enabled=self.precision == "fp16")
         self._held = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.state = State(self.model, self.total_steps())
-        parts = self.state, self.optimizer, self.scheduler, self._scaler
+        parts = self.state, self.optimizer, self.scheduler, self._scaler, Draws(self.loader)
         self._keeping = Keeping(self.folder, self.keep, self.accelerator, *parts, self._belongs())
 
     def total_steps(self) -> int | None:
@@ -181,14 +181,10 @@ class Loop:
 
         Those before are drawn again, from where the epoch had been drawn from, and passed over.
         """
-        done, now = self.state.position, random_state()
-        own = self.loader.generator if isinstance(self.loader, DataLoader) else None
+        done, draws, now = self.state.position, self._keeping.draws, random_state()
         if done:
-            set_random_state(self._keeping.drawn_from["global"])
-            if own is not None:
-                own.set_state(self._keeping.drawn_from["loader"])
-        drawn_from = {"global": random_state(), "loader": None if own is None else own.get_state()}
-        self._keeping.drawn_from = drawn_from
+            draws.set_state(self._keeping.drawn_from)
+        self._keeping.drawn_from = draws.state()
         if isinstance(sampler := _sampler(self.loader), DistributedSampler):
             sampler.set_epoch(self.state.epoch)
         batches = iter(self.loader)
