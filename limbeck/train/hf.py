@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
+from limbeck.checks import check_apart
 from limbeck.distiller import Distiller
 from limbeck.registry import refuse_unknown
 from limbeck.teachers import TeacherLike, as_teacher
@@ -68,6 +69,8 @@ class _Distilling(Base):  # type: ignore[misc]
         check_made(model, options.get("model_init"), teacher, terms, self._options)
         if options.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func and the terms both say what the loss is; make it a Term(loss=...)")
+        if model is not None:
+            check_apart(model, teacher)
         read = self._options.get("teacher_read") or self._options.get("read")
         self._teacher = None if teacher is None else as_teacher(teacher, read)
         self._terms = terms
