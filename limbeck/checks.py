@@ -24,16 +24,49 @@ def live_modules(teacher: Teacher | None) -> dict[str, ModuleTeacher]:
     return {prefix: inner for prefix, inner in within(teacher) if isinstance(inner, ModuleTeacher)}
 
 
-def check_apart(student: nn.Module, teacher: Teacher | None) -> None:
+def check_apart(student: nn.Module, teacher: Any) -> None:
     """A teacher is frozen, and a student that shares weights with it would be, too.
+
+    Args:
+        student: The student.
+        teacher: A teacher, or what one is made of; a module is best asked before it is made one, and frozen.
 
     Raises:
         ValueError: they share weights.
     """
+    if isinstance(teacher, nn.Module):
+        modules = [teacher]
+    elif isinstance(teacher, Mapping):
+        modules = [part for part in teacher.values() if isinstance(part, nn.Module)]
+    else:
+        modules = [live.module for live in live_modules(teacher).values()] if isinstance(teacher, Teacher) else []
     own = {id(parameter) for parameter in student.parameters()}
-    if any(id(p) in own for live in live_modules(teacher).values() for p in live.module.parameters()):
+    if any(id(p) in own for module in modules for p in module.parameters()):
         raise ValueError("student and teacher share weights; pass copy.deepcopy(teacher) as the teacher")
-    check_students(student, teacher)
+    if isinstance(teacher, Teacher):
+        check_students(student, teacher)
+
+
+def check_trains(student: nn.Module, loss: Tensor, stage: str | None) -> None:
+    """Refuse a loss that nothing can be learned from.
+
+    Args:
+        student: The student.
+        loss: Of a training step.
+        stage: The stage that it belongs to, as text, if there are stages.
+
+    Raises:
+        ValueError: it depends on nothing that trains.
+    """
+    if loss.requires_grad:
+        return
+    if stage is not None:
+        raise ValueError(f"{stage} trains nothing that its terms depend on")
+    trained = sum(parameter.requires_grad for parameter in student.parameters())
+    raise ValueError(
+        f"the terms depend on nothing that trains: {trained} of the student's parameters have requires_grad; "
+        "set it for what is to learn"
+    )
 
 
 def check_offers(terms: Sequence[Term], teacher_of: Callable[[str | None], Teacher | None]) -> None:

@@ -18,6 +18,7 @@ from limbeck.checks import (
     check_gradients,
     check_offers,
     check_same_tokens,
+    check_trains,
     live_modules,
 )
 from limbeck.layerwise import Layerwise
@@ -102,6 +103,7 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
+        check_apart(student, teacher)
         self.teacher = None if teacher is None else as_teacher(teacher, teacher_read or read)
         check_apart(student, self.teacher)
         self.objective = Objective(terms, balance, self._borrow)
@@ -174,8 +176,9 @@ class Distiller(nn.Module):
         measured = tuple(self.student.parameters()) if measure else None
         compared, against = self._labelled(own), teacher or _detached(student)
         result: Output = self.objective(student, against, compared, counts, progress, measured, names)
-        if self._stages is not None and torch.is_grad_enabled() and not result.loss.requires_grad:
-            raise ValueError(f"{self._stages.described(progress)} trains nothing that its terms depend on")
+        if torch.is_grad_enabled() and (self.training or self._stages is not None):
+            stage = None if self._stages is None else self._stages.described(progress)
+            check_trains(self.student, result.loss, stage)
         if counts is None and self.training:  # a whole step; of a part, the backend tells when all are there
             self.objective.observe(result.terms, result.gradients)
         return replace(result, logits=self._logits(seen, output))

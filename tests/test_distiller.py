@@ -752,3 +752,20 @@ def test_a_student_may_learn_from_one_that_learns():
     second(*points()).loss.backward()
     assert all(p.grad is not None for p in second.parameters())
     assert not any(p.requires_grad for p in assistant.parameters())
+
+
+def test_a_student_that_was_refused_as_its_own_teacher_still_trains():
+    student = nn.Linear(2, 3)
+    for teacher in (student, {"a": student}):
+        with pytest.raises(ValueError, match="share weights"):
+            Distiller(student, teacher, [Term("logits", loss="mse")])
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_a_student_of_which_nothing_trains_is_refused():
+    student = nn.Linear(2, 3).requires_grad_(False)
+    distiller = Distiller(student, nn.Linear(2, 3), [Term("logits", loss="mse")]).train()
+    with pytest.raises(ValueError, match=r"nothing that trains: 0 of the student's parameters have requires_grad"):
+        distiller(torch.ones(4, 2), torch.zeros(4))
+    with torch.no_grad():
+        assert distiller(torch.ones(4, 2), torch.zeros(4)).loss > 0

@@ -408,6 +408,41 @@ def test_a_script_as_people_write_it(tmp_path):
     assert made.predict(data.remove_columns("label")).predictions.shape == (24, 2)
 
 
+@pytest.mark.parametrize("kind", [datasets.Dataset, list])
+def test_texts_that_share_a_name_with_what_a_distillation_may_read_are_left_out(tmp_path, kind):
+    """As of question answering (``example_id``) and of instructions (``inputs``, ``task``), a plain Trainer's."""
+    names = [
+        "example_id",
+        "task",
+        "inputs",
+        *(["teacher", "student", "teacher_cache"] if kind is not list else []),
+    ]
+    data, seen = table(**dict.fromkeys(names, "some text")), []
+
+    def watched(examples):
+        seen.append(sorted(examples[0]))
+        return collated(examples)
+
+    made = trainer(
+        tmp_path, data=data if kind is datasets.Dataset else list(data), data_collator=watched, max_steps=1
+    )
+    made.train()
+    made.evaluate()
+    assert {tuple(found) for found in seen} == {("attention_mask", "input_ids", "label")}
+
+
+def test_the_numbers_of_examples_stay_for_a_loss_that_asks_for_them(tmp_path):
+    def nearest_of_each(student, teacher, *, example_id):
+        numbers.append(example_id.tolist())
+        return (student - teacher).square().mean(-1)
+
+    numbers = []
+    data = table().add_column("example_id", list(range(24)))
+    own = Term("logits", loss=nearest_of_each, name="own")
+    trainer(tmp_path, terms=[own], data=data, data_collator=collated, max_steps=1).train()
+    assert numbers[-1] == list(range(8))
+
+
 def test_all_columns_stay_for_a_teacher_of_an_unknown_kind(tmp_path):
     class Oracle:
         def offers(self, tap):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from limbeck.train import plain
 from limbeck.train.loaders import MixedLoaders
@@ -152,6 +152,28 @@ def test_an_interruption_after_any_step_changes_nothing(tmp_path, own_generator,
         assert largest_difference(whole.model.state_dict(), second.model.state_dict()) == 0
         rates = [[g["lr"] for g in p.optimizer.param_groups] for p in (whole, second)]
         assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("place", ["loader", "sampler", "batch sampler"])
+@pytest.mark.parametrize("every", [None, 2])
+def test_wherever_the_loader_has_its_generator_an_interruption_changes_nothing(tmp_path, place, every):
+    """Each epoch is drawn in an order of its own, also in a process that goes on after the first."""
+
+    def weights(folder, stop=None):
+        parts, own = Parts(scheduler="none"), torch.Generator().manual_seed(3)
+        sampler = RandomSampler(data(), generator=own)
+        parts.loader = {
+            "loader": lambda: DataLoader(data(), batch_size=3, shuffle=True, generator=own),
+            "sampler": lambda: DataLoader(data(), batch_size=3, sampler=sampler),
+            "batch sampler": lambda: DataLoader(data(), batch_sampler=BatchSampler(sampler, 3, False)),
+        }[place]()
+        parts.loop(epochs=3, folder=folder, checkpoint_every=every, callbacks=[Watch(raise_at=stop)]).run()
+        return parts.model.state_dict()
+
+    whole = weights(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        weights(tmp_path / "cut", stop=5)
+    assert largest_difference(weights(tmp_path / "cut"), whole) == 0
 
 
 def test_a_training_that_ended_is_not_trained_on(tmp_path):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
+from limbeck.checks import check_apart
 from limbeck.distiller import Distiller
 from limbeck.registry import refuse_unknown
 from limbeck.teachers import TeacherLike, as_teacher
@@ -24,7 +25,16 @@ from limbeck.terms import Term
 from limbeck.train.averages import TOTAL, Averages
 from limbeck.train.checkpoint import WEIGHTS, load_weights, read_tree, save_weights, write_tree
 from limbeck.train.hf_checks import check_covered, check_made
-from limbeck.train.hf_data import Entries, StudentOnly, base_of, labels_of_first, samples, undisturbed
+from limbeck.train.hf_data import (
+    PARTS,
+    Entries,
+    StudentOnly,
+    base_of,
+    labels_of_first,
+    samples,
+    undisturbed,
+    without_texts,
+)
 from limbeck.train.hf_step import Remembering, Update
 from limbeck.train.hf_terms import default_terms, predicts_next
 from limbeck.train.loop import seed_everything
@@ -67,6 +77,8 @@ class _Distilling(Base):  # type: ignore[misc]
         check_made(model, options.get("model_init"), teacher, terms, self._options)
         if options.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func and the terms both say what the loss is; make it a Term(loss=...)")
+        if model is not None:
+            check_apart(model, teacher)
         read = self._options.get("teacher_read") or self._options.get("read")
         self._teacher = None if teacher is None else as_teacher(teacher, read)
         self._terms = terms
@@ -224,12 +236,16 @@ class _Distilling(Base):  # type: ignore[misc]
     def _set_signature_columns_if_needed(self) -> None:
         """Columns that stay: the student's, and what the teacher and the terms read."""
         super()._set_signature_columns_if_needed()
-        more = self._entries().others - set(self._signature_columns)
+        more = self._entries().columns - set(self._signature_columns)
         self._signature_columns += sorted(more)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         """All columns stay where it cannot be known what the teacher reads."""
-        return dataset if self._entries().anything else super()._remove_unused_columns(dataset, description)
+        entries = self._entries()
+        if entries.anything or not self.args.remove_unused_columns:
+            return dataset
+        own = without_texts(dataset, set(PARTS) - entries.student)
+        return super()._remove_unused_columns(own, description)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         """The same for data sets that are no `datasets.Dataset`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from limbeck.batch import as_batch, task_of, view
-from limbeck.teachers import Given, ModuleInputs, ModuleTeacher, Remote, Self, Teacher, within
+from limbeck.teachers import ByTask, Given, ModuleInputs, ModuleTeacher, Remote, Self, Teacher, within
 from limbeck.teachers.average import Average
 from limbeck.teachers.base import Combined
 from limbeck.teachers.own import WithoutAdapter
@@ -23,7 +23,12 @@ from limbeck.train.checkpoint import random_state, set_random_state
 from limbeck.types import EXAMPLE_ID, INPUTS, LABELS, STUDENT, TASK, TEACHER, TEACHER_CACHE
 
 BESIDE = (EXAMPLE_ID, TASK, TEACHER_CACHE, STUDENT, TEACHER, INPUTS, LABELS, "label", "label_ids")
-"""Entries that a distillation knows, whatever the models take."""
+"""Entries of a batch that a distillation knows, whatever the models take."""
+
+PARTS = (STUDENT, TEACHER, TEACHER_CACHE)
+"""Columns that are always read, unless they are texts, which only share the name."""
+
+TEXTS = ("string", "large_string")
 
 SAMPLE = 2
 
@@ -54,12 +59,15 @@ class Entries:
     Attributes:
         student: What the student's forward names.
         others: What the teacher takes beside that, masks and labels that terms name.
+        columns: Those of the others that are kept of a data set. Of names that a data set may well use for
+            something else (``task``, ``inputs``, ``example_id``), only what this distillation reads.
         takes_all: Whether the student's forward passes on what it does not name.
         anything: Whether the teacher may read any entry, for all that is known of it.
     """
 
     student: frozenset[str]
     others: frozenset[str]
+    columns: frozenset[str]
     takes_all: bool
     anything: bool
 
@@ -79,14 +87,15 @@ class Entries:
         read = [name for _, inner in within(teacher) for name in (_reads(inner) or ()) if call.named]
         named = [entry for t in terms for entry in (t.mask, t.labels) if entry]
         others = {*BESIDE, *read, *named} - own
+        columns = {*PARTS, *_asked(teacher, terms), *read, *named} - own
         anything = any(_reads(inner) is None for _, inner in within(teacher))
-        return cls(frozenset(own), frozenset(others), call.is_open, anything)
+        return cls(frozenset(own), frozenset(others), frozenset(columns), call.is_open, anything)
 
     def of_student(self, batch: Any) -> Any:
         """The part of a batch that the student's forward is given in an evaluation.
 
         Example:
-            >>> entries = Entries(frozenset({"x"}), frozenset({"seen", "student"}), True, False)
+            >>> entries = Entries(frozenset({"x"}), frozenset({"seen", "student"}), frozenset(), True, False)
             >>> entries.of_student({"student": {"x": 1}, "seen": 2, "more": 3})
             {'more': 3, 'x': 1}
         """
@@ -115,6 +124,25 @@ def _reads(teacher: Teacher) -> list[str] | None:
         return ["input_ids", "attention_mask", *FIELD.findall(teacher.prompt or "")]
     known = isinstance(teacher, (Combined, Given, Self, Average, WithoutAdapter))
     return [] if known else None
+
+
+def _asked(teacher: Teacher | None, terms: Sequence[Term]) -> list[str]:
+    """What is read of an example beside models' inputs: its task, and its number."""
+    by_task = any(t.task is not None for t in terms) or any(isinstance(t, ByTask) for _, t in within(teacher))
+    numbered = any(EXAMPLE_ID in t.comparison.asks for t in terms)
+    return [TASK] * by_task + [EXAMPLE_ID] * numbered
+
+
+def without_texts(dataset: Any, names: Collection[str]) -> Any:
+    """A `datasets.Dataset` without those of the named columns that are texts.
+
+    Example:
+        >>> import datasets
+        >>> without_texts(datasets.Dataset.from_dict({"x": [1], "teacher": ["Ann"]}), ["teacher"]).column_names
+        ['x']
+    """
+    texts = [c for c in names if c in dataset.column_names and getattr(dataset.features[c], "dtype", "") in TEXTS]
+    return dataset.remove_columns(texts) if texts else dataset
 
 
 def samples(loader: Any, tasks: Sequence[str]) -> Iterator[Any]:

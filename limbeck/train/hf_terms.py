@@ -16,6 +16,7 @@ START, END = "start_logits", "end_logits"
 ENDS = {"start": START, "end": END}
 KNOWN = {REGRESSION: "label_mse", MULTI_LABEL: "binary_cross_entropy"}
 """Losses of labels that are no single classes."""
+LABELS_IN_PLACE = ("XLMWithLMHeadModel", "FlaubertWithLMHeadModel", "XLNetLMHeadModel")
 KD, TEMPERATURE, SHARE_OF_LABELS = "kd", 2.0, 0.5
 
 
@@ -82,14 +83,18 @@ def label_terms(
 def predicts_next(student: nn.Module) -> bool:
     """Whether a model's labels stand at their own tokens, and each position predicts the next one.
 
+    So it is of all models that generate without an encoder beside, those that also see pictures too; but for
+    three old families, whose labels stand where they are predicted.
+
     Example:
         >>> predicts_next(nn.Linear(2, 3))
         False
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers import GenerationMixin
 
     decodes_beside = getattr(getattr(student, "config", None), "is_encoder_decoder", False)
-    return type(student).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not decodes_beside
+    in_place = type(student).__name__ in LABELS_IN_PLACE
+    return isinstance(student, GenerationMixin) and not decodes_beside and not in_place
 
 
 def _problem(student: nn.Module, labels: Callable[[], Tensor | None]) -> str:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sequ
 from limbeck.batch import batch_size, map_tensors
 from limbeck.train.checkpoint import random_state, set_random_state
 from limbeck.train.loop import AUTOCAST
-from limbeck.train.plain_state import WEIGHTS, Callback, Keeping, State
+from limbeck.train.plain_state import WEIGHTS, Callback, Draws, Keeping, State
 from limbeck.train.ranks import start_accelerator
 from limbeck.train.settings import Settings
 
@@ -115,7 +115,7 @@ class Loop:
         self._scaler = torch.amp.GradScaler(self._place.type, enabled=self.precision == "fp16")
         self._held = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.state = State(self.model, self.total_steps())
-        parts = self.state, self.optimizer, self.scheduler, self._scaler
+        parts = self.state, self.optimizer, self.scheduler, self._scaler, Draws(self._first)
         self._keeping = Keeping(
             self.folder, self.keep, self.accelerator, *parts, self._belongs(), begin=self.begin
         )
@@ -190,15 +190,15 @@ class Loop:
 
         Those before are drawn again, from where the epoch had been drawn from, and passed over.
         """
-        done, now = self.state.position, random_state()
+        done, keeping, now = self.state.position, self._keeping, random_state()
         if done:
-            set_random_state(self._keeping.drawn_from["global"])
-        drawn_from: dict[str, Any] = {"global": random_state()}
+            set_random_state(keeping.drawn_from["global"])
+        begun = random_state()  # to make a loader may draw, too
         loader = self._loader_of(self.state.epoch)
-        own = loader.generator if isinstance(loader, DataLoader) else None
-        if done and own is not None:
-            own.set_state(self._keeping.drawn_from["loader"])
-        self._keeping.drawn_from = {**drawn_from, "loader": None if own is None else own.get_state()}
+        keeping.draws = Draws(loader)
+        if done:
+            keeping.draws.set_own(keeping.drawn_from["own"])
+        keeping.drawn_from = {**keeping.draws.state(), "global": begun}
         if isinstance(sampler := _sampler(loader), DistributedSampler):
             sampler.set_epoch(self.state.epoch)
         batches = iter(loader)

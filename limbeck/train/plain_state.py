@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from limbeck.train import checkpoint as files
 from limbeck.train.saving import check_belongs
 
 WEIGHTS = "model.safetensors"
+RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+"""Samplers that may have a generator of their own."""
+
 KEPT = ("step", "epoch", "position", "stop")
 """What a checkpoint holds of the state."""
 
@@ -68,6 +72,45 @@ class Callback:
         """After the last step."""
 
 
+class Draws:
+    """All that the data of a training is drawn with: the global generators, the loader's own and its sampler's.
+
+    Example:
+        >>> own = torch.Generator().manual_seed(1)
+        >>> draws = Draws(DataLoader([1, 2, 3], sampler=RandomSampler([1, 2, 3], generator=own)))
+        >>> before = draws.state()
+        >>> first = torch.rand((), generator=own)
+        >>> draws.set_state(before)
+        >>> bool(torch.rand((), generator=own) == first)
+        True
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.generators: list[torch.Generator] = []
+        if not isinstance(loader, DataLoader):
+            return
+        cut = loader.batch_sampler
+        samplers = [loader.sampler, cut.sampler if isinstance(cut, BatchSampler) else None]
+        own = [sampler.generator for sampler in samplers if isinstance(sampler, RANDOM)]
+        found = [generator for generator in (loader.generator, *own) if generator is not None]
+        self.generators = list({id(generator): generator for generator in found}.values())
+
+    def state(self) -> dict[str, Any]:
+        """Where they are."""
+        own = {str(place): generator.get_state() for place, generator in enumerate(self.generators)}
+        return {"global": files.random_state(), "own": own}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go back to where they were."""
+        files.set_random_state(state["global"])
+        self.set_own(state["own"])
+
+    def set_own(self, states: Mapping[str, Any]) -> None:
+        """Put back the loader's and its sampler's generators alone."""
+        for place, generator in enumerate(self.generators):
+            generator.set_state(states[str(place)])
+
+
 @dataclass
 class Keeping:
     """The checkpoints of a training, in safetensors and JSON; see `limbeck.train.checkpoint`.
@@ -80,6 +123,7 @@ class Keeping:
         optimizer: Its optimizer.
         scheduler: Its scheduler, or None.
         scaler: Scales the loss in half precision.
+        draws: What the data is drawn with.
         belongs: What a checkpoint must agree in with the training that goes on from it.
         begin: A checkpoint to go on from where `folder` holds none.
         drawn_from: The random states that the epoch at hand was drawn from, to draw it again.
@@ -92,6 +136,7 @@ class Keeping:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: torch.amp.GradScaler
+    draws: Draws
     belongs: dict[str, Any]
     begin: Path | None = None
     drawn_from: dict[str, Any] = field(default_factory=dict)
@@ -114,7 +159,7 @@ class Keeping:
             files.write_tree(files.optimizer_state(self.optimizer), partial, "optimizer")
             files.write_tree(self._tree(), partial, "state")
         self.accelerator.wait_for_everyone()
-        own = {"now": files.random_state(), **self.drawn_from}
+        own = {"now": self.draws.state(), "epoch": self.drawn_from}
         files.write_tree(own, partial, f"rank-{self.accelerator.process_index}")
         self.accelerator.wait_for_everyone()
         if main:
@@ -142,8 +187,9 @@ class Keeping:
             self.scaler.load_state_dict(tree["scaler"])
         for name, value in tree["state"].items():
             setattr(self.state, name, value)
-        self.drawn_from = files.read_tree(newest, f"rank-{self.accelerator.process_index}")
-        files.set_random_state(self.drawn_from.pop("now"))
+        drawn = files.read_tree(newest, f"rank-{self.accelerator.process_index}")
+        self.drawn_from = drawn["epoch"]
+        self.draws.set_state(drawn["now"])
         self.state.checkpoint, self.saved = newest, (self.state.step, self.state.epoch)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process and newest != self.begin:
