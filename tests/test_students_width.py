@@ -76,6 +76,11 @@ def qwen3():
     return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**GROUPED, head_dim=8))
 
 
+def gemma():
+    own = {"head_dim": 4, "hidden_activation": "gelu", "tie_word_embeddings": False}
+    return transformers.GemmaForCausalLM(transformers.GemmaConfig(**GROUPED, **own))
+
+
 def t5():
     sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
@@ -93,7 +98,7 @@ def vit():
 
 
 TIED = [bert, roberta, distilbert, electra, electra_of_one_width, mpnet, albert, gpt2, bart]
-FREE = [llama, qwen2, qwen3, t5, vit]
+FREE = [llama, qwen2, qwen3, gemma, t5, vit]
 
 
 def made(make, **changes):
@@ -374,11 +379,6 @@ def test_special_tokens_get_their_new_ids(tmp_path):
     assert teacher.generation_config.eos_token_id == [35, 7]
     student.save_pretrained(tmp_path)
     assert transformers.GPT2LMHeadModel.from_pretrained(tmp_path).config.vocab_size == 4
-
-
-def gemma(**changes):
-    config = {**GROUPED, "head_dim": 4, "hidden_activation": "gelu", "tie_word_embeddings": False, **changes}
-    return transformers.GemmaForCausalLM(transformers.GemmaConfig(**config))
 
 
 @torch.no_grad()
