@@ -144,6 +144,16 @@ class FrameModel:
         shares: Array = exponents / exponents.sum(axis=1, keepdims=True)
         return shares
 
+    def scores(self, logits: Array, frame: pd.DataFrame, metrics: Sequence[str]) -> dict[str, float]:
+        """How well logits (N, C) fit the labels of a table, by each of some metrics.
+
+        Raises:
+            ValueError: an unknown metric, or one for another kind of problem.
+        """
+        chosen = {name: self.columns.metric(name) for name in metrics}
+        labels = np.asarray(self.columns.labels(frame))
+        return {name: metric(logits, labels) for name, metric in chosen.items()}
+
     def save(self, folder: str | Path) -> None:
         """Write all of it as JSON and safetensors; the tokenizer and the image processor as transformers does.
 
@@ -157,7 +167,7 @@ class FrameModel:
         if self.pixels is not None:
             self.pixels.save_pretrained(folder / IMAGES)
         kept = {"columns": self.columns.to_dict(), "max_length": self.max_length}
-        write_text(folder / COLUMNS, json.dumps(kept, default=_plain))
+        write_text(folder / COLUMNS, json.dumps(kept))
 
     @classmethod
     def load(cls, folder: str | Path) -> FrameModel:
@@ -244,8 +254,3 @@ def _check_same_labels(student: Columns, teacher: Columns) -> None:
 def _usual_pixels(encoder: Any) -> Pixels:
     size = getattr(encoder.config, "image_size", None)
     return Pixels(size if isinstance(size, int) else 224, *IMAGENET)
-
-
-def _plain(value: Any) -> Any:
-    """Labels of NumPy as JSON can hold them."""
-    return value.item()

@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils.hooks import RemovableHandle
 
+from limbeck.registry import nearest
 from limbeck.teachers import ModuleInputs
+from limbeck.types import STUDENT, TEACHER
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Watch:
         model: The model.
         paths: Which modules to watch; "" is the model itself.
         inputs: Whether to keep what they were given, too.
+        gives: Whether calls may give them other inputs than their own.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
@@ -56,25 +60,27 @@ class Watch:
         >>> watch.end()
     """
 
-    def __init__(self, model: nn.Module, paths: Iterable[str], inputs: bool = False) -> None:
+    def __init__(self, model: nn.Module, paths: Iterable[str], inputs: bool = False, gives: bool = False) -> None:
         self.inputs = inputs
+        self.handles: list[RemovableHandle] = []
         self._running: dict[int, Seen] = {}
         self._settled: dict[str, bool] = {}
         self._gave = False
-        self._handles = []
         for path in dict.fromkeys(paths):
             module = model.get_submodule(path)
-            self._handles.append(module.register_forward_pre_hook(_Before(self, path)))
-            self._handles.append(module.register_forward_hook(_After(self, path)))
+            if inputs or gives:
+                self.handles.append(module.register_forward_pre_hook(_Before(self, path)))
+            self.handles.append(module.register_forward_hook(_After(self, path)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_running": {}}  # a copy is made between calls
 
     def end(self) -> None:
-        """Take the hooks away."""
-        for handle in self._handles:
+        """Take the hooks away; nothing is kept from now on."""
+        self.inputs = False
+        for handle in self.handles:
             handle.remove()
-        self._handles.clear()
+        self.handles.clear()
 
     def call(
         self,
@@ -94,6 +100,7 @@ class Watch:
         self._gave = bool(given)
         with self._watching(Seen(given=given or {})) as seen:
             output = run(*args, **kwargs)
+        seen.given = {}
         self._settle(seen)
         return output, seen
 
@@ -250,7 +257,7 @@ class Witness:
         layerwise: Whether each of the student's modules is given what the teacher's was given.
 
     Raises:
-        ValueError: student and teacher share weights.
+        ValueError: student and teacher share weights, or one of them has no such module.
 
     Example:
         >>> student, teacher = nn.Linear(2, 3), nn.Linear(2, 3)
@@ -272,8 +279,10 @@ class Witness:
         if any(id(parameter) in own for parameter in teacher.parameters()):
             raise ValueError("student and teacher share weights; pass copy.deepcopy(teacher) as the teacher")
         self.pairs = list(pairs)
+        for place, (model, side) in enumerate(((student, STUDENT), (teacher, TEACHER))):
+            _check_paths(model, side, [pair[place] for pair in self.pairs])
         self.layerwise = layerwise
-        self.student = Watch(student, [ours for ours, _ in self.pairs])
+        self.student = Watch(student, [ours for ours, _ in self.pairs], gives=layerwise)
         self.teacher = Watched(teacher, [theirs for _, theirs in self.pairs], inputs=layerwise)
         self._kept: dict[int, Kept] = {}
         self._group = 0
@@ -328,21 +337,24 @@ class Witness:
     def ask(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, replica: int = 0) -> Any:
         """Let the teacher alone see a batch; returns what it returns."""
         output, seen = self.teacher.ask(args, kwargs, replica > 0)
-        self._part(replica, "teacher").teacher = seen
+        self._part(replica, TEACHER).teacher = seen
         return output
 
     def learn(
         self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, replica: int = 0
     ) -> Any:
         """Let the student alone see a batch; returns what it returns."""
-        kept = self._part(replica, "student")
+        kept = self._part(replica, STUDENT)
         output, kept.student = self.student.call(run, *args, given=self._given(kept.teacher), **kwargs)
+        if kept.teacher is not None:
+            kept.teacher.inputs.clear()  # they were needed for the student alone
         return output
 
-    def saw(self, replica: int, side: str) -> bool:
-        """Whether a side, ``"student"`` or ``"teacher"``, saw a batch of which nothing was taken yet."""
+    def seen(self, side: str, replica: int = 0) -> Seen | None:
+        """What a side, ``"student"`` or ``"teacher"``, saw of a batch of which nothing was taken yet."""
         kept = self._kept.get(replica)
-        return kept is not None and getattr(kept, side) is not None
+        found: Seen | None = None if kept is None else getattr(kept, side)
+        return found
 
     def take(self) -> list[tuple[Any, Any]]:
         """Both values of each pair, of the last batch; they are then forgotten.
@@ -357,8 +369,8 @@ class Witness:
             raise ValueError("there is nothing to compare; call the model on a batch first, once for each loss")
         return [
             (
-                joined([_output(student, ours, "student") for student, _ in both]),
-                joined([_output(teacher, theirs, "teacher") for _, teacher in both]),
+                joined([_output(student, ours, STUDENT) for student, _ in both]),
+                joined([_output(teacher, theirs, TEACHER) for _, teacher in both]),
             )
             for ours, theirs in self.pairs
         ]
@@ -386,9 +398,16 @@ class Witness:
             if self.layerwise:
                 _, student = self.student.call(run, *args, given=self._given(teacher), **kwargs)
         if student is None or teacher is None:
-            missing = "student" if student is None else "teacher"
+            missing = STUDENT if student is None else TEACHER
             raise ValueError(f"the {missing} has not seen the last batch, only the other side has; call it, too")
         return student, teacher
+
+
+def _check_paths(model: nn.Module, side: str, paths: list[str]) -> None:
+    known = dict(model.named_modules())
+    for path in paths:
+        if path not in known:
+            raise ValueError(f"the {side} has no module {path!r}; {nearest(path, set(known) - {''})}")
 
 
 def _output(seen: Seen, path: str, side: str) -> Any:

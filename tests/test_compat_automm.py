@@ -198,7 +198,11 @@ def test_an_interrupted_training_goes_on_where_it_was(place, tmp_path, monkeypat
     given = options(place, optim__max_epochs=3)
     whole = MultiModalPredictor(label="label", path=tmp_path / "whole").fit(frame(), hyperparameters=given)
     real = door.fit_frame_model
-    monkeypatch.setattr(door, "fit_frame_model", lambda *a, **k: real(*a, **k, callbacks=[_Interrupt()]))
+
+    def interrupted(*given, callbacks, **options):
+        return real(*given, callbacks=[*callbacks, _Interrupt()], **options)
+
+    monkeypatch.setattr(door, "fit_frame_model", interrupted)
     with pytest.raises(KeyboardInterrupt):
         MultiModalPredictor(label="label", path=tmp_path / "half").fit(frame(), hyperparameters=given)
     monkeypatch.undo()
@@ -420,3 +424,38 @@ def test_corrected_the_scale_of_numbers_is_the_teachers(place, tmp_path):
     student = distilled(place, teacher, tmp_path / "s", data.head(30))
     assert student.model.columns.scale == teacher.model.columns.scale
     assert student.model.columns.scale[0] == pytest.approx(50.0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"optim.max_epochs": -3}, {"optim.lr_schedule": "cos"}, {"model.hf_text.checkpoint_name": "/no"}]
+)
+def test_what_is_refused_leaves_an_older_predictor_and_answers_nothing(place, tmp_path, wrong):
+    old = MultiModalPredictor(label="label", path=tmp_path).fit(frame(), hyperparameters=options(place))
+    new = MultiModalPredictor(label="label", path=tmp_path)
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        new.fit(frame(), hyperparameters={**options(place), **wrong})
+    with pytest.raises(ValueError, match="not trained"):
+        new.predict(frame())
+    broken = MultiModalPredictor.load(tmp_path)
+    broken.model.network.head.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="is nan before any training"):  # which the preflight alone can see
+        broken.fit(frame(), hyperparameters=options(place))
+    assert MultiModalPredictor.load(tmp_path).predict_proba(frame()).equals(old.predict_proba(frame()))
+
+
+def test_columns_may_be_numbered_and_stand_in_another_order(tmp_path):
+    data = pd.DataFrame({0: np.linspace(0, 9, 40), 1: ["a", "b"] * 20, 2: ["u", "v"] * 20})
+    predictor = MultiModalPredictor(label=2, problem_type="classification", path=tmp_path / "p")
+    predictor.fit(data, hyperparameters=QUICK)
+    other = data[[1, 0]].assign(**{"more": 3})
+    expected = predictor.predict_proba(data)
+    np.testing.assert_array_equal(predictor.predict_proba(other), expected)
+    np.testing.assert_array_equal(MultiModalPredictor.load(tmp_path / "p").predict_proba(other), expected)
+    with pytest.raises(ValueError, match="the table has no column '0'"):
+        predictor.predict(data[[1, 2]])
+
+
+def test_hyperparameters_without_a_value_and_a_single_width():
+    with pytest.raises(ValueError, match=r"'optim.max_epochs' has no value; write it as name=value"):
+        flattened("optim.max_epochs")
+    assert Options.parse({"model.fusion_mlp.hidden_sizes": 24}).architecture()["hidden"] == 24

@@ -497,6 +497,10 @@ def test_neural_compressors_config_in_the_trainer(tmp_path):
             lambda: inc.Callbacks(nn.Linear(1, 1), inc.DistillationConfig(None, None, {"LARS": {}})),
             "SGD, Adam, AdamW",
         ),
+        (
+            lambda: inc.Callbacks(nn.Linear(1, 1), inc.DistillationConfig(LINEAR, None, {})),
+            "SGD, Adam, AdamW with its options, got {}",
+        ),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(make, message):
@@ -534,6 +538,45 @@ def test_wrong_metrics_and_configs(tmp_path):
         trainer_of(tmp_path, student, data).distill("KD", teacher)
     with pytest.raises(TypeError, match="by one DistillationConfig"):
         inc.prepare_compression(student, itrex.DistillationConfig())
+
+
+def test_without_a_criterion_it_is_knowledge(tmp_path):
+    """As in their own test, which passes None for one of its modes."""
+    (student, teacher), data = pair(), examples(8)
+    before = copy.deepcopy(student)
+    config = itrex.DistillationConfig(criterion=None)
+    assert config.criterion == itrex.Criterion()
+    trainer_of(tmp_path, student, data, args={"max_steps": 1}).distill(config, teacher)
+    assert any(not torch.equal(t, before.state_dict()[name]) for name, t in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"criterion": "KnowledgeLoss"}, r"got 'KnowledgeLoss'; write Criterion\(name=...\)"),
+        ({"metrics": "eval_accuracy"}, r"got 'eval_accuracy'; write metrics.Metric\(name=...\)"),
+        ({"metrics": ["eval_accuracy"]}, r"got 'eval_accuracy'; write metrics.Metric\(name=...\)"),
+    ],
+)
+def test_names_in_place_of_configs_are_refused(wrong, message):
+    with pytest.raises(TypeError, match=message):
+        itrex.DistillationConfig(**wrong)
+
+
+def test_every_name_that_scripts_import_is_there_or_says_why_not():
+    from limbeck.compat.itrex import DistillationCriterionMode, metric, objectives
+
+    assert metric.Metric is itrex.metrics.Metric
+    assert (objectives.performance.name, objectives.modelsize.greater_is_better) == ("performance", False)
+    for mode in DistillationCriterionMode:  # their tests go through them
+        itrex.Criterion(mode.name)
+        assert hasattr(inc, f"{mode.value}Config")
+    with pytest.raises(ImportError, match=r"itrex distils PyTorch models and has no QuantizationConfig; drop"):
+        from limbeck.compat.itrex import QuantizationConfig  # noqa: F401
+    with pytest.raises(ImportError, match=r"compressor distils PyTorch models and has no WeightPruningConfig"):
+        from limbeck.compat.neural_compressor import WeightPruningConfig  # noqa: F401
+    with pytest.raises(AttributeError, match="has no attribute 'Critrion'"):
+        itrex.Critrion  # noqa: B018
 
 
 # ---- Neural Compressor's loop ----

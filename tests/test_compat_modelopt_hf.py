@@ -182,3 +182,24 @@ def test_a_converted_model_in_a_trainer_of_ones_own(tmp_path):
     whole.save_model(str(tmp_path / "final"))
     again = type(whole.model.student).from_pretrained(tmp_path / "final")
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+
+
+class NamedTrainer(KDTrainer):
+    """As trl's SFTTrainer does, it reads the outputs by attribute, of training and of evaluations."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.widths.append((model.training, outputs.logits.shape[-1]))
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_outputs_have_names(tmp_path):
+    args = arguments(tmp_path, max_steps=1)
+    distill = {"teacher_model": TinyLM(1)}
+    options = {"train_dataset": rows(), "eval_dataset": rows(), "data_collator": default_data_collator}
+    made = NamedTrainer(model=TinyLM(0), args=args, distill_args=distill, **options)
+    made.widths = []
+    made.train()
+    predictions = made.predict(rows()).predictions
+    assert made.widths == [(True, 8), (False, 8)]
+    assert predictions.shape == (8, 5, 8)

@@ -5,7 +5,6 @@ import json
 import logging
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from limbeck.compat import pymarlin
 from limbeck.compat.pymarlin import (
     CustomArgParser,
     DataProcessor,
@@ -23,24 +23,24 @@ from limbeck.compat.pymarlin import (
     DefaultCheckpointerArguments,
     DistillationArguments,
     DistillRecipe,
+    DistributedTrainingArguments,
+    HfNERPlugin,
+    HfSeqClassificationPlugin,
     ModelArguments,
     ModuleInterface,
     ModuleInterfaceArguments,
+    Recipe,
     SingleProcess,
+    SingleProcessAmp,
     StatInitArguments,
     Trainer,
     TrainerArguments,
     WriterInitArguments,
     build_distill_module,
+    build_trainer_backend,
     distill_utils,
     global_stats,
 )
-from limbeck.compat.pymarlin.core import trainer as trainer_module
-from limbeck.compat.pymarlin.core import trainer_backend
-from limbeck.compat.pymarlin.core.outputs import OutputCollector
-from limbeck.compat.pymarlin.plugins import HfNERPlugin, HfSeqClassificationPlugin, hfdistill_utils
-from limbeck.compat.pymarlin.utils.distributed import DistributedTrainingArguments, rank_zero_only
-from limbeck.compat.pymarlin.utils.writer import Writer, build_writer
 from tests import tiny
 from tests.models import bert, text_batch
 from tests.test_exactness import largest_difference, run
@@ -83,14 +83,13 @@ def test_logits_loss_is_pymarlins(temperature, reduction):
 
 
 def test_token_logits_do_not_count_the_length():
-    """Correction: PyMarlin divides the sum over tokens by the batch alone, and counts padding."""
+    """Correction: PyMarlin divides the sum over tokens by the batch alone."""
     student, teacher = random(2, 6, 4, seed=3), random(2, 6, 4, seed=4)
-    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
     per_token = (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1)
-    ours = distill_utils.logits_loss(student, teacher, mask=mask)
-    torch.testing.assert_close(ours, per_token[mask == 1].mean())
+    ours = distill_utils.logits_loss(student, teacher)
+    torch.testing.assert_close(ours, per_token.mean())
     twice = distill_utils.logits_loss(student.repeat(1, 2, 1), teacher.repeat(1, 2, 1))
-    torch.testing.assert_close(twice, distill_utils.logits_loss(student, teacher))
+    torch.testing.assert_close(twice, ours)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -133,40 +132,17 @@ def test_the_first_layer_named_is_the_first_compared(made):
     assert distill_utils.representations_loss(exact, teacher, [0], [3]).item() > 0.01
 
 
-@pytest.mark.parametrize("made", [states, attentions])
-def test_padding_does_not_count(made):
-    mask = torch.tensor([[1, 1, 1, 0, 0]] * 3)
-    student, teacher = made(2, seed=1), made(2, seed=9)
-    cut = [tuple(x[:, :3] if x.ndim == 3 else x[:, :, :3, :3] for x in layers) for layers in (student, teacher)]
-    ours = distill_utils.representations_loss(student, teacher, [0, 1], [0, 1], mask=mask)
-    torch.testing.assert_close(ours, distill_utils.representations_loss(*cut, [0, 1], [0, 1]))
-    per_layer = [
-        distill_utils.layer_distance(student[i], teacher[i], mask=mask)
-        for i in (range(1, 3) if made is states else range(2))
-    ]
-    values = torch.stack(per_layer)
-    counted = values[:, mask == 1] if made is states else values
-    torch.testing.assert_close(ours, counted.mean())
-
-
 def test_labels_are_the_students_own():
     """Correction: PyMarlin's blocks pass two label losses to `representations_loss`, which crashed."""
     own, teachers = torch.tensor(0.7, requires_grad=True), torch.tensor(0.1)
     assert distill_utils.representations_loss(own, teachers, [0], [0]) is own
 
 
-def test_widths_that_differ_need_a_projection_that_trains():
+def test_widths_that_differ_are_refused():
     """Correction: PyMarlin drew a new random projection at every call."""
     student, teacher = states(1, width=4), states(1, width=6, seed=5)
-    with pytest.raises(ValueError, match=r"have 4 numbers and the teacher's 6; pass projection="):
+    with pytest.raises(ValueError, match=r"have 4 numbers and the teacher's 6; use DistillRecipe"):
         distill_utils.representations_loss(student, teacher, [0], [0])
-    projection = nn.Linear(4, 6)
-    losses = [
-        distill_utils.representations_loss(student, teacher, [0], [0], projection=projection) for _ in range(2)
-    ]
-    assert losses[0] == losses[1]
-    losses[0].backward()
-    assert projection.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(
@@ -192,7 +168,6 @@ def test_extracted_layers_are_copies():
     for ours, place in zip(taken, [0, 2, 3], strict=True):
         assert torch.equal(ours.output.dense.weight, layers[place].output.dense.weight)
         assert ours is not layers[place]
-    assert hfdistill_utils.extract_layers is distill_utils.extract_layers
 
 
 # What is distilled.
@@ -200,7 +175,7 @@ def test_extracted_layers_are_copies():
 
 def test_default_layers_are_three():
     """Correction: PyMarlin's default was [0 - 6 - 11], which is [-17]."""
-    assert DistillationArguments().student_layers == [0, 6, 11]
+    assert DistillationArguments().student_layers == (0, 6, 11)
     found = DistillationArguments(student_layers="[0-6-11]", loss_types="[logits-labels]", loss_weights="[1-0.5]")
     assert found.student_layers == [0, 6, 11]
     assert found.loss_types == ["logits", "labels"]
@@ -208,16 +183,16 @@ def test_default_layers_are_three():
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "message"),
     [
-        ({"loss_types": ["logit"]}, ValueError, "did you mean 'logits'"),
-        ({"loss_weights": [1, 2]}, ValueError, "1 loss_types and 2 loss_weights"),
-        ({"temperature": 0}, ValueError, "temperature must be positive, got 0"),
-        ({"temprature": 2}, TypeError, "did you mean 'temperature'"),
+        ({"loss_types": ["logit"]}, "'logits', 'labels', 'hidden_states' or 'attentions' .got 'logit'"),
+        ({"loss_weights": [1, 2]}, "1 loss_types and 2 loss_weights"),
+        ({"temperature": 0}, "temperature: Input should be greater than 0 .got 0"),
+        ({"temprature": 2}, "did you mean 'temperature'"),
     ],
 )
-def test_wrong_distillation_arguments_are_told(options, error, message):
-    with pytest.raises(error, match=message):
+def test_wrong_distillation_arguments_are_told(options, message):
+    with pytest.raises(ValueError, match=message):
         DistillationArguments(**options)
 
 
@@ -347,29 +322,23 @@ def test_the_saved_student_loads_as_it_is(tmp_path):
         assert torch.equal(value, loaded.state_dict()[name])
 
 
-def test_width_shrinkage_makes_a_narrower_student(tmp_path):
-    """PyMarlin's documents name it; the student lacks half of the heads, the hidden size and the neurons."""
-    wanted = {"loss_types": ["logits", "labels", "hidden_states"], "loss_weights": [1.0, 0.5, 2.0]}
-    made = recipe(output=str(tmp_path / "student"), width_shrinkage=0.5, **wanted)
-    teacher = made.teacher.config
+@pytest.mark.parametrize(("share", "heads", "units"), [(0.5, 2, 16), (0.3, 2, 9)])
+def test_width_shrinkage_is_the_share_that_stays(tmp_path, share, heads, units):
+    """As the GLUE example computes it: heads rounded up, feed-forward units down, heads of the teacher's size."""
+    teacher = bert(layers=4, num_attention_heads=4, attn_implementation="eager")
+    options = {**ALL, "width_shrinkage": share}
+    made = recipe(teacher=teacher, output=str(tmp_path / "student"), **options)
     trainer = Trainer(made, trainer_args(tmp_path, checkpoints={"checkpoint": False}))
     before = [p.clone() for p in made.objective.parameters()]
     trainer.train()
     assert before
     assert not any(torch.equal(p, was) for p, was in zip(made.objective.parameters(), before, strict=True))
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
-    assert (loaded.config.num_hidden_layers, loaded.config.hidden_size) == (2, teacher.hidden_size // 2)
-    assert loaded.config.num_attention_heads == teacher.num_attention_heads // 2
-    assert loaded.config.intermediate_size == teacher.intermediate_size // 2
+    assert (loaded.config.num_hidden_layers, loaded.config.num_attention_heads) == (2, heads)
+    assert loaded.config.hidden_size == heads * teacher.config.hidden_size // 4
+    assert loaded.config.intermediate_size == units
     for name, value in made.model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name])
-
-
-def test_attention_of_fewer_heads_is_no_loss():
-    with pytest.raises(
-        ValueError, match=r"the student has 1 attention heads and the teacher 2, .*; drop attentions"
-    ):
-        recipe(width_shrinkage=0.5, loss_types=["attentions"], loss_weights=[1.0])
 
 
 def test_a_narrower_student_has_a_projection_that_trains(tmp_path):
@@ -413,19 +382,18 @@ def test_a_student_of_its_own_needs_as_many_layers(tmp_path):
 def test_terms_are_logged(tmp_path):
     """Correction: PyMarlin logged the total alone."""
 
-    class Kept(Writer):
-        lines = {}  # noqa: RUF012
+    lines = {}
 
-        def log_scalar(self, k, v, step):
-            self.lines.setdefault(k, []).append((step, v))
+    def keep(values, step):
+        for name, value in values.items():
+            lines.setdefault(name, []).append((step, value))
 
     made = recipe(loss_types=["logits", "labels"], loss_weights=[1.0, 1.0])
-    Trainer(made, trainer_args(tmp_path, writers=[Kept()], gpu_batch_size_limit=2)).train()
-    steps = range(1, 7)
-    assert [step for step, _ in Kept.lines["loss"]] == list(steps)
-    total = [a + b for (_, a), (_, b) in zip(Kept.lines["loss/logits"], Kept.lines["loss/labels"], strict=True)]
-    assert [value for _, value in Kept.lines["loss"]] == pytest.approx(total, abs=1e-5)
-    assert [step for step, _ in Kept.lines["default/val_loss"]] == [3, 6]
+    Trainer(made, trainer_args(tmp_path, writers=[keep], gpu_batch_size_limit=2)).train()
+    assert [step for step, _ in lines["loss"]] == list(range(1, 7))
+    total = [a + b for (_, a), (_, b) in zip(lines["loss/logits"], lines["loss/labels"], strict=True)]
+    assert [value for _, value in lines["loss"]] == pytest.approx(total, abs=1e-5)
+    assert [step for step, _ in lines["default/val_loss"]] == [3, 6]
 
 
 def test_numbers_are_learned_as_numbers(tmp_path):
@@ -445,7 +413,7 @@ def test_numbers_are_learned_as_numbers(tmp_path):
 def test_build_distill_module_can_be_made():
     """Correction: PyMarlin's class read its arguments before it had them."""
 
-    class Task(DistillRecipe.__mro__[2]):  # Recipe, whose __init__ a task calls
+    class Task(Recipe):
         def __init__(self, args, data):
             super().__init__(args, data)
             self.setup_models()
@@ -637,7 +605,7 @@ def test_resume_is_exact(tmp_path, optimizers):
     assert told(resumed, "begin") == [("begin", 6, 2), ("begin", 9, 3)]
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name])
-    assert [p.name for p in (tmp_path / "b" / "checkpoints").iterdir()] == ["model"]
+    assert sorted(p.name for p in (tmp_path / "b" / "checkpoints").iterdir()) == ["model", "model-2"]
 
 
 def test_a_distillation_resumes_exactly(tmp_path):
@@ -705,9 +673,6 @@ def test_training_twice_trains_once(tmp_path):
     trainer.train()
     assert len(told(module, "step")) == 6
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["model"]
-    load = {"load_dir": str(tmp_path / "checkpoints"), "checkpoint": False}
-    with pytest.raises(ValueError, match="leaves no place to go on from"):
-        Trainer(module, trainer_args(tmp_path, checkpoints=load)).train()
 
 
 def test_optimizers_may_begin_anew(tmp_path):
@@ -734,26 +699,13 @@ def test_validation_alone_judges_the_checkpoint(tmp_path):
     assert labels.shape == (10, 1)
 
 
-def test_a_modules_own_state_is_kept(tmp_path):
+def test_a_state_of_its_own_is_refused(tmp_path):
     class Counting(Line):
-        seen = 0
-
         def get_state(self):
-            return {"weights": self.state_dict(), "seen": self.seen, "names": ["a"]}
+            return {"seen": 3}
 
-        def update_state(self, state):
-            self.load_state_dict(state["weights"])
-            self.seen = state["seen"]
-
-    first = Counting()
-    first.seen = 7
-    Trainer(first, trainer_args(tmp_path)).train()
-    second = Counting()
-    Trainer(second, trainer_args(tmp_path, checkpoints={"load_dir": str(tmp_path / "checkpoints")}))
-    assert second.seen == 7
-    first.get_state = lambda: {"what": first.train}
-    with pytest.raises(TypeError, match="no checkpoint can hold"):
-        Trainer(first, trainer_args(tmp_path)).train()
+    with pytest.raises(TypeError, match="get_state is not called here; keep tensors as buffers"):
+        Trainer(Counting(), trainer_args(tmp_path))
 
 
 def test_the_module_is_saved_at_the_end(tmp_path):
@@ -768,7 +720,7 @@ def test_half_precision_trains(tmp_path):
     seen = []
     inner = made.model.forward
     made.model.forward = lambda *a, **k: seen.append(torch.is_autocast_enabled("cpu")) or inner(*a, **k)
-    Trainer(made, trainer_args(tmp_path, epochs=1), trainer_backend=trainer_backend.SingleProcessAmp()).train()
+    Trainer(made, trainer_args(tmp_path, epochs=1), trainer_backend=SingleProcessAmp()).train()
     assert seen[-1]
 
 
@@ -777,27 +729,27 @@ def test_half_precision_trains(tmp_path):
     [("sp", "fp32", False), ("sp-amp", "fp16", False), ("ddp", "fp32", True), ("ddp-amp", "fp16", True)],
 )
 def test_backends(name, precision, distributed):
-    found = trainer_backend.build_trainer_backend(name)
+    found = build_trainer_backend(name)
     assert (found.precision, found.distributed) == (precision, distributed)
     assert DDPTrainerBackend(SingleProcess()).distributed
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "message"),
     [
-        ({"backend": "ddp-dp"}, ValueError, "Opacus"),
-        ({"backend": "sp-amp-apex"}, ValueError, "apex is not supported"),
-        ({"backend": "spp"}, ValueError, "did you mean 'sp'"),
-        ({"epoch": 3}, TypeError, "did you mean 'epochs'"),
-        ({"epochs": 0}, ValueError, "epochs must be a whole number from 1 on, got 0"),
-        ({"writers": ["stdot"]}, ValueError, "did you mean 'stdout'"),
-        ({"amp_backend_apex": True}, ValueError, "apex"),
-        ({"differential_privacy_args": {}}, ValueError, "Opacus"),
-        ({"distributed_training_args": DistributedTrainingArguments(world_size=2)}, ValueError, "says 2 ranks"),
+        ({"backend": "ddp-dp"}, "neither apex nor Opacus"),
+        ({"backend": "sp-amp-apex"}, "'sp-amp-apex' is not supported"),
+        ({"backend": "spp"}, "did you mean 'sp'"),
+        ({"epoch": 3}, "did you mean 'epochs'"),
+        ({"epochs": 0}, "epochs: Input should be greater than 0"),
+        ({"writers": ["stdot"]}, "did you mean 'stdout'"),
+        ({"amp_backend_apex": True}, "amp_backend_apex: Input should be False"),
+        ({"differential_privacy_args": {}}, "differential_privacy_args: Input should be None"),
+        ({"distributed_training_args": DistributedTrainingArguments(world_size=2)}, "says 2 ranks"),
     ],
 )
-def test_what_is_not_there_is_told(tmp_path, options, error, message):
-    with pytest.raises(error, match=message):
+def test_what_is_not_there_is_told(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
         Trainer(Line(), trainer_args(tmp_path, **options))
 
 
@@ -806,22 +758,19 @@ def test_own_backends_are_refused(tmp_path):
         Trainer(Line(), trainer_args(tmp_path), trainer_backend=object())
 
 
-def test_statistics_are_options(caplog, tmp_path):
-    with pytest.raises(ValueError, match="not measured"):
+def test_statistics_are_numbers(caplog, tmp_path):
+    with pytest.raises(ValueError, match="update_system_stats: Input should be False"):
         StatInitArguments(update_system_stats=True)
-    with pytest.raises(ValueError, match="environment variable"):
+    with pytest.raises(ValueError, match="tb_logpath_parent_env: Input should be None"):
         WriterInitArguments(tb_logpath_parent_env="LOGS")
     with pytest.raises(AttributeError, match="use update or update_multi"):
         global_stats.update_image("a", None)
-    global_stats.update("outside of a trainer", 1.0)
+    global_stats.update_multi("outside", {"of a trainer": 1.0})
+    logs = WriterInitArguments(tb_log_dir=str(tmp_path / "logs"))
     with caplog.at_level(logging.WARNING):
-        assert build_writer("aml", WriterInitArguments()) is None
+        Trainer(Line(), trainer_args(tmp_path, writers=["aml", "tensorboard"], writer_args=logs)).train()
     assert "Azure ML is not used" in caplog.text
-    writer = build_writer("tensorboard", WriterInitArguments(tb_log_dir=str(tmp_path)))
-    writer.log_scalar("loss", 1.0, 1)
-    writer.finish()
-    assert any(tmp_path.iterdir())
-    assert rank_zero_only(lambda: 3)() == 3
+    assert any((tmp_path / "logs").rglob("events*"))
 
 
 def test_stdout_shows_the_loss(tmp_path, capsys):
@@ -831,13 +780,11 @@ def test_stdout_shows_the_loss(tmp_path, capsys):
     assert [line.split(",")[0] for line in lines] == ["step = 2", "step = 4", "step = 6"]
 
 
-def test_outputs_are_put_behind_one_another():
-    collected = OutputCollector()
-    for part in (2, 3):
-        collected.collect((torch.tensor(1.0), torch.zeros(part, 4), "text"))
-    shapes = [tuple(each.shape) for each in collected.all_outputs[:2]]
-    assert shapes == [(2,), (5, 4)]
-    assert collected.all_outputs[2] == ["text", "text"]
+def test_names_that_are_gone_say_what_to_use():
+    with pytest.raises(ImportError, match="rank_zero_only; use accelerate"):
+        from limbeck.compat.pymarlin import rank_zero_only  # noqa: F401
+    with pytest.raises(AttributeError, match="no attribute 'Traner'"):
+        _ = pymarlin.Traner
 
 
 class Squares(DataProcessor):
@@ -845,10 +792,10 @@ class Squares(DataProcessor):
         return [number**power]
 
 
-def test_data_is_prepared_in_several_processes():
-    assert Squares().multi_process_data([1, 2, 3], 2, process_count=2) == [1, 4, 9]
-    with pytest.raises(ValueError, match="lists of one length"):
-        Squares().multi_process_data([1, 2, 3], [1, 2])
+def test_data_is_prepared():
+    assert Squares().process_data(3, 2) == [9]
+    with pytest.raises(ValueError, match="call process_data"):
+        Squares().multi_process_data([1, 2, 3], 2)
 
 
 def test_two_ranks_train_as_one(tmp_path):
@@ -886,7 +833,7 @@ def parse(tmp_path):
         (["--distill.temperature=2.5"], "distill", "temperature", 2.5),
         (["--distill.student_layers", "0-2"], "distill", "student_layers", [0, 2]),
         (["--distill.student_layers", "[0, 2]"], "distill", "student_layers", [0, 2]),
-        (["--distill.student_layers", "-1,-2"], "distill", "student_layers", [-1, -2]),
+        (["--distill.student_layers=-1,-2"], "distill", "student_layers", [-1, -2]),
         (["--distill.loss_types", "logits-attentions"], "distill", "loss_types", ["logits", "attentions"]),
         (["--distill.enable"], "distill", "enable", True),
         (["--distill.enable", "no"], "distill", "enable", False),
@@ -907,13 +854,12 @@ def test_the_command_line_overrides_the_file(parse, options, section, key, value
     [
         (["--distill.temprature", "2"], "did you mean '--distill.temperature'"),
         (["--dummy"], "the YAML file has no '--dummy'"),
-        (["--distill.temperature", "hot"], "is a number, got 'hot'"),
-        (["--distill.enable", "fl"], "is true or false, got 'fl'"),
-        (["--distill.temperature"], "has no value"),
-        (["--distill", "1"], "has keys of its own"),
-        (["--distill.student_layers", "0", "6"], "'6' belongs to no option"),
-        (["--distill.student_layers", "[__import__('os').getcwd()]"], "is a number"),
-        (["--params", "{"], "no JSON"),
+        (["--distill.temperature", "hot"], "invalid number value: 'hot'"),
+        (["--distill.enable", "fl"], "invalid truth value: 'fl'"),
+        (["--distill.temperature"], "expected one argument"),
+        (["--distill", "1"], "the YAML file has no '--distill'"),
+        (["--distill.student_layers", "0", "6"], "the YAML file has no '6'"),
+        (["--params", "{"], "--params"),
     ],
 )
 def test_mistakes_on_the_command_line_end_it(parse, capsys, options, message):
@@ -924,9 +870,13 @@ def test_mistakes_on_the_command_line_end_it(parse, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
-def test_the_file_is_looked_for(tmp_path, parse):
-    assert CustomArgParser().parse(["--config_path", str(tmp_path)]) == CONFIG
-    with pytest.raises(FileNotFoundError, match="name one with --config_path"):
+def test_lists_are_read_and_not_evaluated(parse):
+    text = "[__import__('os').getcwd()]"
+    assert parse("--distill.student_layers", text)["distill"]["student_layers"] == [text[1:-1]]
+
+
+def test_the_file_is_looked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no recipe .*none.yaml"):
         CustomArgParser().parse(["--config_path", str(tmp_path / "none.yaml")])
 
 
@@ -969,7 +919,7 @@ def test_a_plugin_distils(tmp_path, monkeypatch):
     plugin = HfSeqClassificationPlugin()
     plugin.setup()
     scores = {}
-    plugin.trainer.stats.writers = [SimpleNamespace(log_scalar=scores_into(scores), finish=lambda: None)]
+    plugin.trainer.stats.writers = [lambda values, step: scores.update(values)]
     plugin.trainer.train()
     assert plugin.moduleinterface.model.config.num_hidden_layers == 1
     assert plugin.trainer.global_steps_finished == 3
@@ -977,10 +927,6 @@ def test_a_plugin_distils(tmp_path, monkeypatch):
     student = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
     assert student.config.num_hidden_layers == 1
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "student")("fine film").input_ids
-
-
-def scores_into(kept):
-    return lambda k, v, step: kept.__setitem__(k, v)
 
 
 def test_a_plugin_trains_without_a_teacher(tmp_path):
@@ -995,7 +941,7 @@ def test_a_plugin_trains_without_a_teacher(tmp_path):
 
 def test_a_config_given_is_the_config(tmp_path):
     """Correction: PyMarlin's plugins read the file even where a config was given."""
-    with pytest.raises(ValueError, match="did you mean 'trainer'"):
+    with pytest.raises(TypeError, match="did you mean 'trainer'"):
         HfSeqClassificationPlugin({"trianer": {}})
     wrong = classification(tmp_path)
     wrong["data"]["labels_list"] = ["bad", "god"]
@@ -1036,9 +982,9 @@ def test_words_are_labelled(tmp_path):
     config = plugin_config(tmp_path, data=data, model={"model_path": str(tmp_path / "teacher")})
     config["module"]["max_seq_len"] = 16
     plugin = HfNERPlugin(config)
-    plugin.setup_trainer()
+    plugin.setup()
     scores = {}
-    plugin.trainer.stats.writers = [SimpleNamespace(log_scalar=scores_into(scores), finish=lambda: None)]
+    plugin.trainer.stats.writers = [lambda values, step: scores.update(values)]
     plugin.trainer.train()
     assert {"default/val_f1", "default/val_precision", "default/val_recall", "loss/logits"} <= set(scores)
     batch = plugin.moduleinterface.collate_fun([(["fine", "film"], [0, 2])])
@@ -1046,8 +992,6 @@ def test_words_are_labelled(tmp_path):
     assert counted.tolist() == [0, 2]
 
 
-def test_old_places_are_there():
-    assert trainer_module.stats.StatInitArguments is StatInitArguments
-    assert trainer_module.DefaultCheckpointerArguments is DefaultCheckpointerArguments
+def test_a_config_elsewhere_is_refused():
     with pytest.raises(ValueError, match="put them together"):
         _ = ModelArguments(model_path="a", model_config_path="b").source

@@ -115,7 +115,7 @@ def test_custom_matches_run(brew):
     assert (project.weight - before).abs().max() > 0
     assert [group["lr"] for group in done.optimizer.param_groups] == [0.05, 0.5]
     assert distiller_utils.CustomMatch.from_dict(matches[0].to_dict()) == matches[0]
-    with pytest.raises(ValueError, match="to match is no part of the Tagger"):
+    with pytest.raises(ValueError, match="to watch is no part of the Tagger"):
         brew(extra={"custom_matches": [textbrewer.CustomMatch(nn.Linear(2, 2), student, 1, "hidden_mse")]})
 
 
@@ -453,7 +453,6 @@ def test_configurations_come_from_dicts_and_files_and_go_back(tmp_path):
     proj = ["linear", 8, 12]
     textbrewer.DistillationConfig(intermediate_matches=[match("cos", proj=proj)])
     assert proj == ["linear", 8, 12]
-    assert textbrewer.IntermediateMatch.from_dict(None) is None
     made = textbrewer.DistillationConfig(intermediate_matches=[textbrewer.IntermediateMatch(**match("cos"))])
     made.to_json_file(tmp_path / "made.json")
     assert vars(
@@ -478,7 +477,7 @@ def test_configurations_come_from_dicts_and_files_and_go_back(tmp_path):
         (
             {"intermediate_matches": [match("cos") | {"layers": 1}]},
             TypeError,
-            "an intermediate match has no option",
+            "IntermediateMatch has no option",
         ),
         (
             {"intermediate_matches": [match("fsp") | {"layer_S": 1}]},
@@ -525,7 +524,7 @@ def test_wrong_trainings_are_refused(brew, tmp_path):
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     with pytest.raises(ValueError, match="projections are added to the optimizer after scheduler="):
         brew(("hidden",), projected, scheduler=scheduler)
-    with pytest.raises(TypeError, match=r"the second argument of train\(\) is the data, got StepLR"):
+    with pytest.raises(TypeError, match="the loader gives batches, got StepLR"):
         brew(data=scheduler)
 
 
@@ -553,6 +552,21 @@ def test_the_losses_go_to_tensorboard(brew, tmp_path):
     names = ["kd_loss", "hidden_hidden_mse_1_1", "hidden_fsp_1-1_1-1", "hard_label_loss"]
     assert set(log.Tags()["scalars"]) == {"scalar/total_loss", *(f"scalar/unweighted_{name}" for name in names)}
     assert [event.value for event in log.Scalars("scalar/total_loss")] == pytest.approx(done.losses)
+
+
+def test_the_scheduler_may_stand_before_the_data(brew, tmp_path):
+    """As in TextBrewer's tutorial and its example on CoNLL 2003, which its later versions cannot run."""
+    done = brew(lr=0.5)
+    distiller = textbrewer.GeneralDistiller(
+        done.t_config, done._given, teacher(), Tagger(), adaptor("logits"), adaptor("logits")
+    )
+    for scheduler, rate in ((True, 0.05), (None, 0.5)):
+        optimizer = torch.optim.SGD(distiller.model_S.parameters(), lr=0.5)
+        made = scheduler and torch.optim.lr_scheduler.StepLR(optimizer, 6)
+        distiller.train(optimizer, made, loader(), num_epochs=1, callback=None)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+    with pytest.raises(TypeError, match="the loader gives batches, got NoneType"):
+        distiller.train(optimizer, None, num_epochs=1)
 
 
 def test_batches_may_be_prepared_and_models_called_with_more(brew):
@@ -628,8 +642,12 @@ def test_several_tasks(tmp_path):
     assert losses[20:] == rest
     assert largest_difference(whole.model_S.state_dict(), resumed.model_S.state_dict()) == 0
     assert 0.6 < seen.count("a") / len(seen) < 0.9  # six batches and two
-    with pytest.raises(ValueError, match=r"there are teachers for \['a', 'b'\] and data for \['c'\]"):
+    with pytest.raises(ValueError, match=r"model_T has the tasks \['a', 'b'\], and there is data for \['c'\]"):
         whole.train(whole, {"c": loader()}, 1)
+    optimizer = torch.optim.SGD(whole.model_S.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    whole.train(optimizer, scheduler, data, 3)  # as TextBrewer's first versions had it
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
 
 
 def test_functions_may_be_registered(brew):
@@ -795,7 +813,7 @@ def test_losses_of_attention_without_heads_and_of_single_vectors():
 
 def test_tables_of_presets():
     assert presets.TEMPERATURE_SCHEDULER["constant"](0, 0, 3.0) == 3.0
-    assert presets.TEMPERATURE_SCHEDULER[["flsw", {"beta": 1, "gamma": 2}]](
+    assert presets.find(["flsw", {"beta": 1, "gamma": 2}], presets.TEMPERATURE_SCHEDULER, "scheduler")(
         torch.eye(2), torch.eye(2), 3.0
     ).shape == (2,)
     assert "flsw" in presets.TEMPERATURE_SCHEDULER

@@ -227,6 +227,8 @@ def test_the_mean_of_tokens_leaves_padding_out():
     padded = part({"input_ids": ids, "attention_mask": mask})
     short = part({"input_ids": ids[:, :3], "attention_mask": mask[:, :3]})
     torch.testing.assert_close(padded, short)
+    hidden = part.encoder(input_ids=ids[:, :3], attention_mask=mask[:, :3]).last_hidden_state
+    torch.testing.assert_close(short, (hidden[:, 0] + hidden[:, 1] + hidden[:, 2]) / 3)
     with pytest.raises(ValueError, match="unknown pooling 'max'"):
         TextPart(bert(kind="BertModel"), "max")
 
@@ -337,7 +339,7 @@ def test_rows_are_set_aside_of_each_class():
     assert columns.split(frame)[1].equals(held)
     assert len(columns.split(frame, 0.5)[1]) == 25
     with pytest.raises(ValueError, match="leaves none to train on"):
-        columns.split(frame, 1.0)
+        columns.split(frame, 0.999)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -374,3 +376,70 @@ def test_margins_are_resampled():
     bootstrap = Bootstrap(labels, METRICS["roc_auc"], resamples=200)
     found = Bootstrap.interval(bootstrap.scores([logits]))
     assert found.low < found.value == METRICS["roc_auc"](logits, labels) < found.high
+
+
+def test_cells_that_no_model_can_read_are_named_before_the_training(place):
+    frame = mixed(place, 6)
+    with pytest.raises(ValueError, match="column 'weight' holds inf in row 2; correct it, or empty the cell"):
+        Columns.find(frame.assign(weight=[1.0, 2.0, np.inf, 4.0, 5.0, 6.0]), "tone")
+    with pytest.raises(ValueError, match="column 'shop' holds a list in a cell; spread it over columns"):
+        Columns.find(frame.assign(shop=[[1, 2]] * 6), "tone")
+    with pytest.raises(ValueError, match="several columns 'weight'; rename all but one"):
+        as_frame(pd.concat([frame, frame[["weight"]]], axis=1))
+    columns = Columns.find(frame[["picture", "tone"]], "tone")
+    gone = frame.assign(picture=["/no/such.png", *frame.picture[1:]])
+    with pytest.raises(ValueError, match=r"column 'picture', row 0: there is no file .*such.png; correct it"):
+        columns.encode(gone, pixels=Pixels(8, (0.5,) * 3, (0.5,) * 3))
+
+
+@pytest.mark.parametrize(
+    "labels", [pd.to_datetime(["2020-01-01", "2020-01-02"] * 3), [(1,), (2,)] * 3, [1, "a"] * 3]
+)
+def test_labels_that_cannot_be_kept_are_refused(labels):
+    frame = pd.DataFrame({"x": range(6), "y": labels})
+    with pytest.raises(ValueError, match=r"the label column 'y' holds .*; labels are all words, or all numbers"):
+        Columns.find(frame, "y")
+
+
+def test_texts_of_numbers_are_numbers_as_with_automm():
+    frame = pd.DataFrame({"x": [str(i / 7) for i in range(20)], "date": pd.date_range("2020", periods=20)})
+    assert column_types(frame) == {"x": "numerical", "date": "categorical"}
+    columns = Columns.find(frame.assign(x=[None, *frame.x[1:]], y=[0, 1] * 10), "y", given={"date": "null"})
+    batch = columns.encode(frame.tail(2), labelled=False).batch([0, 1])
+    known = np.arange(1, 20) / 7
+    expected = (np.array([18, 19]) / 7 - known.mean()) / known.std()
+    np.testing.assert_allclose(batch["numbers"][:, 0, 0], expected, rtol=1e-5)
+
+
+def test_a_classification_has_as_many_classes_as_there_are(place):
+    """Where the teacher knows more of them than the student's rows show, as many as the teacher's."""
+    frame = pd.DataFrame({"x": range(12), "y": [0, 1, 2] * 4})
+    three = Columns.find(frame, "y", "classification")
+    assert (three.problem, three.classes) == ("multiclass", (0, 1, 2))
+    two = frame[frame.y < 2]
+    assert Columns.find(two, "y", "classification").problem == "binary"
+    assert Columns.find(two, "y", "classification", like=three).problem == "multiclass"
+    with pytest.raises(ValueError, match="no label column 'z'"):
+        Columns.find(frame, "z", "classification")
+    with pytest.raises(ValueError, match="unknown problem_type 'multi'; did you mean 'multiclass'"):
+        Columns.find(frame, "y", "multi")
+
+
+def test_names_of_columns_that_are_numbers_become_texts():
+    assert list(as_frame(pd.DataFrame({0: [1], 1: [2]})).columns) == ["0", "1"]
+
+
+@pytest.mark.parametrize("share", [0, 1.0, -0.1])
+def test_a_holdout_is_a_share(share):
+    frame = pd.DataFrame({"x": range(12), "y": [0, 1] * 6})
+    with pytest.raises(ValueError, match="above 0 and below 1, got"):
+        Columns.find(frame, "y").split(frame, share)
+
+
+def test_scores_are_those_of_the_labels(place):
+    frame = pd.DataFrame({"x": [1.0, 2.0, 4.0, 3.0], "y": ["b", "a", "b", "a"]})
+    model = FrameModel.build(Columns.find(frame, "y"))
+    logits = np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    assert model.scores(logits, frame, ["accuracy"]) == {"accuracy": 0.75}
+    with pytest.raises(ValueError, match="judges numbers"):
+        model.scores(logits, frame, ["rmse"])

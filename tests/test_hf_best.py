@@ -43,12 +43,13 @@ def test_the_best_epoch_is_what_stays(tmp_path, by_judge):
 
 
 def test_a_judge_sees_the_student_in_eval_mode_and_leaves_it_as_it_was():
-    student = nn.Dropout(0.5).train()
+    student = nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5).eval()).train(mode=True)
+    student[1].eval()
     modes = []
     callback = KeepBest(student, judge=lambda module: modes.append(module.training) or 1.0)
     callback.on_epoch_end(None, None, None)
     assert modes == [False]
-    assert student.training
+    assert [part.training for part in student.modules()] == [True, True, False]
 
 
 def test_a_score_that_is_none_keeps_nothing():

@@ -11,7 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from limbeck.train import plain
+from limbeck.train.loaders import MixedLoaders
 from limbeck.train.plain import Loop
+from limbeck.train.scalars import Scalars
 from tests.test_exactness import largest_difference, run
 
 WORKER = Path(__file__).parent / "workers" / "plain.py"
@@ -306,3 +308,57 @@ def test_a_spoiled_training_is_not_kept(tmp_path):
     loop.step = lambda batch, state: parts.step(batch, state) * (float("nan") if state.step >= 2 else 1)
     with pytest.raises(FloatingPointError, match=r"the loss is no longer finite at step 3; .*step-00000002"):
         loop.run()
+
+
+def test_a_loader_gives_batches():
+    parts = Parts()
+    with pytest.raises(TypeError, match="the loader gives batches, got StepLR"):
+        Loop(
+            parts.step, parts.model, torch.optim.lr_scheduler.StepLR(parts.optimizer, 1), parts.optimizer, steps=1
+        )
+
+
+def test_loaders_of_several_tasks():
+    """In proportion to their numbers of batches to the power tau; each is used up before it begins anew."""
+    loaders = {"a": DataLoader(range(90), batch_size=10, shuffle=True), "b": [100]}
+    for tau, share in ((1.0, 0.9), (0.5, 0.75), (0.0, 0.5)):
+        np.random.seed(0)
+        batches = list(MixedLoaders(loaders, tau, 900, {"b": lambda batch: -batch}))
+        names = [name for _, name in batches]
+        assert len(names) == 900
+        assert names.count("a") / 900 == pytest.approx(share, abs=0.04)
+        assert {batch for batch, name in batches if name == "b"} == {-100}
+        first = torch.cat([batch for batch, name in batches if name == "a"][:9])
+        assert sorted(first.tolist()) == list(range(90)) != first.tolist()
+        np.random.seed(0)
+        again = list(MixedLoaders(loaders, tau, 900))
+        assert [name for _, name in again] == names
+        assert torch.equal(torch.cat([batch for batch, name in again if name == "a"][:9]), first)
+    np.random.seed(0)
+    alike = [name for _, name in MixedLoaders({"a": Unsized([1, 2, 3]), "b": [4]}, 1.0, 400)]
+    assert alike.count("a") / 400 == pytest.approx(0.5, abs=0.08)  # nobody knows how much there is of one
+    with pytest.raises(ValueError, match="the loader of task 'a' is empty"):
+        list(MixedLoaders({"a": []}, 0.0, 1))
+
+
+class Unsized:
+    """Can be read again and again, and has no length."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+def test_scalars_are_written_for_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Scalars(tmp_path) as scalars:
+        for value in (0.5, torch.tensor(2.0, requires_grad=True)):
+            scalars.write({"loss": value})
+        scalars.write({"loss": 3}, step=7)
+    log = EventAccumulator(str(tmp_path))
+    log.Reload()
+    assert [(event.step, event.value) for event in log.Scalars("loss")] == [(0, 0.5), (1, 2.0), (7, 3.0)]

@@ -8,19 +8,19 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from limbeck.atomic import write_text
 from limbeck.compat.automm_options import Hyperparameters, Options, flattened
 from limbeck.evaluate import count_parameters, size_in_bytes
 from limbeck.frame_model import FrameModel, fit_frame_model
-from limbeck.metrics import check_metrics
 from limbeck.registry import nearest
-from limbeck.tasks.column_kinds import PROBLEMS, REGRESSION, Problem, as_frame
+from limbeck.tasks.column_kinds import CLASSIFICATION, PROBLEMS, REGRESSION, as_frame
 from limbeck.tasks.frames import Columns
+from limbeck.train import Callback
+from limbeck.train.callbacks import State
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,11 +87,12 @@ class MultiModalPredictor:
     ) -> None:
         _refuse(ignored, ("warn_if_exist", "enable_progress_bar"))
         problem = problem_type.lower() if problem_type else None
-        if problem not in (None, "classification", *PROBLEMS):
-            raise ValueError(f"unknown problem_type {problem_type!r}; {nearest(str(problem), PROBLEMS)}")
+        known = (*PROBLEMS, CLASSIFICATION)
+        if problem not in (None, *known):
+            raise ValueError(f"unknown problem_type {problem_type!r}; {nearest(str(problem), known)}")
         if eval_metric in ("rmse", "r2", "pearsonr", "spearmanr", "root_mean_squared_error"):
             problem = REGRESSION
-        self.label, self.eval_metric = label, eval_metric
+        self.label, self.eval_metric = None if label is None else str(label), eval_metric
         self.validation_metric = validation_metric or eval_metric
         self.path = None if path is None else str(path)
         self._problem, self._presets, self._own = problem, presets, hyperparameters
@@ -176,32 +177,33 @@ class MultiModalPredictor:
         options = Options.parse({**flattened(self._own), **flattened(hyperparameters)}, presets or self._presets)
         teacher = _teacher(teacher_predictor)
         train = as_frame(train_data)
-        columns = self._columns(train, options, column_types, teacher)
+        model = self._model or self._untrained(train, options, column_types, teacher, seed)
+        columns = model.columns
         if tuning_data is None:
             train, tuning = columns.split(train, holdout_frac, seed)
         else:
             tuning = as_frame(tuning_data)
         chosen = self.validation_metric or DEFAULT_METRICS[columns.problem]
-        metric = _metric(chosen, columns)
-        if self._model is None:
-            self._model = FrameModel.build(columns, **options.architecture(), seed=seed)
-        widths = None if teacher is None else (self._width(), int(teacher.network.features.width))
+        settings = options.settings(len(train), seed, time_limit)
+        widths = None if teacher is None else (model.network.features.width, teacher.network.features.width)
+        terms = options.terms(columns.problem == REGRESSION, widths)
         folder = self._folder(save_path)
-        self._save(folder, done=False)
         fitted = fit_frame_model(
-            self._model,
+            model,
             train,
             tuning,
-            options.settings(len(train), seed, time_limit),
-            options.terms(columns.problem == REGRESSION, widths),
+            settings,
+            terms,
             teacher=teacher,
-            metric=metric,
+            metric=METRIC_NAMES.get(chosen, chosen),
+            callbacks=[_Begun(self, model, folder)],
             folder=folder / TRAINING,
         )
+        self._model = model
         scored = {f"val_{chosen}": fitted.best_score, "training_time": fitted.seconds}
         self._summary = {**scored, "steps": fitted.steps, "teacher_examples": fitted.teacher_examples}
         self._resumes = False
-        self._save(folder, done=True)
+        self._save(folder, model, done=True)
         shutil.rmtree(folder / TRAINING)
         return self
 
@@ -212,12 +214,13 @@ class MultiModalPredictor:
             ValueError: an unknown metric, or one for another kind of problem.
         """
         _refuse(ignored, ("realtime",))
-        frame, columns = as_frame(data), self.model.columns
-        names = metrics or self.eval_metric or DEFAULT_METRICS[columns.problem]
+        frame = as_frame(data)
+        names = metrics or self.eval_metric or DEFAULT_METRICS[self.model.columns.problem]
         names = [names] if isinstance(names, str) else list(names)
-        own = {name: columns.metric(_metric(name, columns)) for name in names}
-        logits, labels = self.model.logits(frame), np.asarray(columns.labels(frame))
-        scores = {name: metric(logits, labels) for name, metric in own.items()}
+        own = [METRIC_NAMES.get(name, name) for name in names]
+        logits = self.model.logits(frame)
+        found = self.model.scores(logits, frame, own)
+        scores = {name: found[metric] for name, metric in zip(names, own, strict=True)}
         return (scores, self._series(self.model.labels(logits), frame)) if return_pred else scores
 
     def predict(self, data: Any, as_pandas: bool | None = None, **ignored: Any) -> Any:
@@ -268,7 +271,7 @@ class MultiModalPredictor:
             ValueError: nothing was trained yet, or the folder holds something else.
         """
         _check_folder(Path(path))
-        self._save(Path(path), done=True)
+        self._save(Path(path), self.model, done=True)
 
     @classmethod
     def load(cls, path: str | Path, resume: bool = False, verbosity: int = 3) -> MultiModalPredictor:
@@ -294,20 +297,14 @@ class MultiModalPredictor:
         made._resumes = resume and not kept["done"]
         return made
 
-    def _columns(self, train: pd.DataFrame, options: Options, given: Any, teacher: FrameModel | None) -> Columns:
-        """Those of the model where there is one, which then is trained on."""
-        if self._model is not None:
-            return self._model.columns
+    def _untrained(
+        self, train: pd.DataFrame, options: Options, given: Any, teacher: FrameModel | None, seed: int
+    ) -> FrameModel:
         if self.label is None:
             raise ValueError("no label; name the column to predict: MultiModalPredictor(label=...)")
         like = None if teacher is None else teacher.columns
-        problem: Problem | None = next((p for p in PROBLEMS if p == self._problem), None)
-        if self._problem == "classification":
-            problem = "binary" if train[self.label].nunique() == 2 else "multiclass"
-        return Columns.find(train, self.label, problem, given=given, allowed=options.kinds(), like=like)
-
-    def _width(self) -> int:
-        return int(self.model.network.features.width)
+        columns = Columns.find(train, self.label, self._problem, given=given, allowed=options.kinds(), like=like)
+        return FrameModel.build(columns, **options.architecture(), seed=seed)
 
     def _folder(self, save_path: str | Path | None) -> Path:
         """Where the predictor goes; what an earlier training left there is of no use to this one."""
@@ -319,11 +316,11 @@ class MultiModalPredictor:
         self.path = str(folder)
         return folder
 
-    def _save(self, folder: Path, done: bool) -> None:
-        self.model.save(folder)
+    def _save(self, folder: Path, model: FrameModel, done: bool) -> None:
+        model.save(folder)
         kept = {
             "label": self.label,
-            "problem_type": self.problem_type,
+            "problem_type": model.columns.problem,
             "eval_metric": self.eval_metric,
             "validation_metric": self.validation_metric,
             "hyperparameters": flattened(self._own),
@@ -339,11 +336,18 @@ class MultiModalPredictor:
         return pd.Series(values, index=frame.index, name=self.label)
 
 
-def _metric(name: str, columns: Columns) -> str:
-    """AutoMM's name of a metric, as limbeck calls it."""
-    own = METRIC_NAMES.get(name, name)
-    check_metrics([own], len(columns.classes))
-    return own
+@dataclass
+class _Begun(Callback):
+    """Writes the folder as a training begins, so that what is refused before leaves an older predictor in it."""
+
+    predictor: MultiModalPredictor
+    model: FrameModel
+    folder: Path
+
+    def on_start(self, state: State) -> None:
+        """Before the first step."""
+        if state.step == 0:
+            self.predictor._save(self.folder, self.model, done=False)
 
 
 def _teacher(teacher: Any) -> FrameModel | None:
@@ -363,7 +367,11 @@ def _check_config(config: dict[str, str] | None) -> None:
 
 def _check_folder(folder: Path) -> None:
     """Refuse to write among files that are not a predictor's."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / PREDICTOR).is_file():
+    if (
+        folder.is_dir()
+        and any(path.name != TRAINING for path in folder.iterdir())
+        and not (folder / PREDICTOR).is_file()
+    ):
         raise ValueError(f"{folder} holds other files and no predictor; choose another folder")
 
 

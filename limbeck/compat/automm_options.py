@@ -130,6 +130,9 @@ def flattened(hyperparameters: Hyperparameters) -> dict[str, Any]:
         hyperparameters = hyperparameters.split()
     if not isinstance(hyperparameters, Mapping):
         pairs = [text.partition("=") for text in hyperparameters or ()]
+        for name, equals, _ in pairs:
+            if not equals:
+                raise ValueError(f"hyperparameter {name!r} has no value; write it as name=value")
         hyperparameters = {name: yaml.safe_load(value) for name, _, value in pairs}
     return {_canonical(name): value for name, value in hyperparameters.items()}
 
@@ -198,12 +201,13 @@ class Options:
     def architecture(self) -> dict[str, Any]:
         """The arguments of `limbeck.frame_model.FrameModel.build`."""
         get = self.values.__getitem__
+        sizes = get("model.fusion_mlp.hidden_sizes")
         return {
             "text": get("model.hf_text.checkpoint_name"),
             "image": get("model.timm_image.checkpoint_name"),
             "pooling": get("model.hf_text.pooling_mode"),
             "max_length": get("model.hf_text.max_text_len"),
-            "hidden": get("model.fusion_mlp.hidden_sizes")[-1],
+            "hidden": sizes if isinstance(sizes, int) else sizes[-1],
             "dropout": get("model.fusion_mlp.dropout"),
         }
 
@@ -219,25 +223,23 @@ class Options:
         per_epoch = math.ceil(rows / batch_size)
         largest = min(batch_size, rows)
         interval = get("optim.val_check_interval")
-        return Settings.model_validate(
-            {
-                "epochs": get("optim.max_epochs"),
-                "steps": steps if steps and steps > 0 else None,
-                "time_limit": time_limit,
-                "batch_size": batch_size,
-                "accumulation": math.ceil(largest / get("env.per_gpu_batch_size")),
-                "optimizer": get("optim.optim_type"),
-                "learning_rate": get("optim.lr"),
-                "weight_decay": get("optim.weight_decay"),
-                "schedule": _chosen("optim.lr_schedule", get("optim.lr_schedule"), SCHEDULES),
-                "warmup": get("optim.warmup_steps"),
-                "clip": get("optim.gradient_clip_val") or None,
-                "precision": _chosen("env.precision", str(get("env.precision")), PRECISIONS),
-                "seed": seed,
-                "evaluate_every": max(1, int(interval * per_epoch if interval <= 1 else interval)),
-                "patience": patience or None,
-                "best": True,
-            }
+        return Settings(
+            epochs=get("optim.max_epochs"),
+            steps=steps if steps and steps > 0 else None,
+            time_limit=time_limit,
+            batch_size=batch_size,
+            accumulation=math.ceil(largest / get("env.per_gpu_batch_size")),
+            optimizer=get("optim.optim_type"),
+            learning_rate=get("optim.lr"),
+            weight_decay=get("optim.weight_decay"),
+            schedule=_chosen("optim.lr_schedule", get("optim.lr_schedule"), SCHEDULES),
+            warmup=get("optim.warmup_steps"),
+            clip=get("optim.gradient_clip_val") or None,
+            precision=_chosen("env.precision", str(get("env.precision")), PRECISIONS),
+            seed=seed,
+            evaluate_every=max(1, int(interval * per_epoch if interval <= 1 else interval)),
+            patience=patience or None,
+            best=True,
         )
 
     def terms(self, regression: bool, widths: tuple[int, int] | None) -> list[Term]:

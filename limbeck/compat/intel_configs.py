@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from limbeck.compat.intel_criteria import (
@@ -13,6 +14,16 @@ from limbeck.compat.intel_criteria import (
     KnowledgeDistillationLossConfig,
 )
 from limbeck.registry import nearest
+
+ELSEWHERE = ("Config", "Mode", "Provider", "PrunerV2", "TFOptimization", "Orchestrate_optimizer")
+"""How names end of what these doors lack: quantization, pruning, their search and TensorFlow."""
+
+
+class DistillationCriterionMode(Enum):
+    """The criteria, and Neural Compressor's names of them."""
+
+    KNOWLEDGELOSS = "KnowledgeDistillationLoss"
+    INTERMEDIATELAYERSLOSS = "IntermediateLayersKnowledgeDistillationLoss"
 
 
 @dataclass
@@ -89,16 +100,38 @@ class Metric:
 
 
 @dataclass
+class Objective:
+    """What quantization weighs against a metric; distillation reads none."""
+
+    name: str
+    greater_is_better: bool = True
+    weight_ratio: float | None = None
+
+
+@dataclass
 class DistillationConfig:
     """The criterion, and the metric or metrics by which the best student is chosen; without any it is the last."""
 
     framework: str = "pytorch"
-    criterion: Criterion = field(default_factory=Criterion)
+    criterion: Criterion | None = None
     metrics: Metric | Sequence[Metric] | None = None
 
     def __post_init__(self) -> None:
         if self.framework not in ("pytorch", "pytorch_fx"):
             raise ValueError(f"framework {self.framework!r} is not here; {nearest(self.framework, ['pytorch'])}")
+        self.criterion = self.criterion or Criterion()
+        if not isinstance(self.criterion, Criterion):
+            raise TypeError(f"criterion is a Criterion, got {self.criterion!r}; write Criterion(name=...)")
+        for metric in self.chosen():
+            if not isinstance(metric, Metric):
+                raise TypeError(f"metrics are Metrics, got {metric!r}; write metrics.Metric(name=...)")
+
+    def chosen(self) -> list[Metric]:
+        """The metrics as a list."""
+        given: Any = self.metrics
+        if isinstance(given, Sequence) and not isinstance(given, str):
+            return list(given)
+        return [] if given is None else [given]
 
 
 def check_metrics(chosen: Sequence[Metric], found: Mapping[str, float]) -> None:
@@ -119,3 +152,13 @@ def score(chosen: Sequence[Metric], found: Mapping[str, float]) -> float:
         for m in chosen
     ]
     return sum(parts)
+
+
+def absent(door: str, name: str) -> Exception:
+    """The error for a name that a door lacks: of what Intel's packages have for other things, in a line."""
+    if not name.endswith(ELSEWHERE):
+        return AttributeError(f"module {door!r} has no attribute {name!r}")
+    return ImportError(
+        f"{door} distils PyTorch models and has no {name}; drop that part of the script, or run it with Intel's "
+        "own package on the student that was saved"
+    )

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
@@ -26,7 +25,8 @@ from limbeck.teachers import Given
 from limbeck.terms import Term
 from limbeck.train.hf import DistillationTrainer, Seq2SeqDistillationTrainer
 from limbeck.train.hf_best import KeepBest
-from limbeck.train.hf_terms import END, SHARE_OF_LABELS, START, default_terms
+from limbeck.train.hf_data import labels_of_first
+from limbeck.train.hf_terms import END, START, label_terms
 from limbeck.types import TEACHER_CACHE
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ def parts(config: Any, teacher: Any, metrics: Any) -> tuple[Any, Any, list[Metri
     if isinstance(config, inc.DistillationConfig):
         criterion, teacher = config.criterion, config.teacher_model if teacher is None else teacher
     elif isinstance(config, DistillationConfig):
-        criterion, metrics = config.criterion.config(), metrics if config.metrics is None else config.metrics
+        assert config.criterion is not None
+        criterion, metrics = config.criterion.config(), metrics if config.metrics is None else config.chosen()
     elif not isinstance(config, FlashDistillationConfig):
         raise TypeError(f"distillation_config is a DistillationConfig, got {config!r}")
     return criterion, teacher, [metrics] if isinstance(metrics, Metric) else list(metrics or ())
@@ -172,13 +173,7 @@ def _terms(student: nn.Module, criterion: Any, smoothing: float, data: Any) -> l
     own, terms = criterion.terms((START, END)) if knows and spans else criterion.terms()
     if not own:
         return list(terms)
-    return [*terms, *_own(student, own, smoothing, data)]
-
-
-def _own(student: nn.Module, weight: float, smoothing: float, data: Any, name: str = "") -> list[Term]:
-    """The student's own loss, as terms of its labels."""
-    labels = [t for t in default_terms(student, smoothing, lambda: _labels(data)) if t.reads_labels]
-    return [_weighted(term, weight / SHARE_OF_LABELS, name + term.name) for term in labels]
+    return [*terms, *label_terms(student, smoothing, lambda: labels_of_first(data), weight=own)]
 
 
 def _flash(
@@ -191,23 +186,14 @@ def _flash(
     for i, (block, criterion, steps) in enumerate(criteria):
         own, found = criterion.terms(f"flash.{i}")
         if own:
-            found += _own(student, own, args.label_smoothing_factor, data, f"flash.{i}.")
+            name = f"flash.{i}.labels"
+            found += label_terms(
+                student, args.label_smoothing_factor, lambda: labels_of_first(data), weight=own, name=name
+            )
         done += steps
         stages.append(Stage(done / total, [t.name for t in found], [f"*{block}*"] if block else None))
         terms += found
     return terms, stages, total
-
-
-def _weighted(term: Term, factor: float, name: str) -> Term:
-    weight = term.weight_at(None) * factor
-    options = dict(term.comparison.options)
-    return Term(term.taps, term.teacher_taps, loss=term.loss_name, weight=weight, name=name, **options)
-
-
-def _labels(data: Any) -> Tensor | None:
-    first = next(iter(data))
-    found = next((first[key] for key in ("labels", "label", "label_ids") if key in first), None)
-    return None if found is None else torch.as_tensor(found)
 
 
 @dataclass

@@ -14,7 +14,15 @@ import transformers
 from torch import nn
 
 from limbeck.compat import neural_compressor as inc
-from limbeck.compat.intel_configs import Criterion, DistillationConfig, FlashDistillationConfig, Metric
+from limbeck.compat.intel_configs import (
+    Criterion,
+    DistillationConfig,
+    DistillationCriterionMode,
+    FlashDistillationConfig,
+    Metric,
+    Objective,
+    absent,
+)
 from limbeck.compat.intel_trainer import (
     NLPSeq2SeqTrainer,
     NLPTrainer,
@@ -25,17 +33,31 @@ from limbeck.compat.intel_trainer import (
 __all__ = [
     "Criterion",
     "DistillationConfig",
+    "DistillationCriterionMode",
     "FlashDistillationConfig",
     "NLPSeq2SeqTrainer",
     "NLPTrainer",
     "NoTrainerOptimizer",
     "OptimizedModel",
     "TFOptimization",
+    "metric",
     "metrics",
+    "objectives",
 ]
 
-metrics = SimpleNamespace(Metric=Metric)
-"""Stands for their module of this name."""
+metrics = metric = SimpleNamespace(Metric=Metric)
+"""Stands for their module of this name, which their page imports as `metric`, too."""
+
+objectives = SimpleNamespace(
+    Objective=Objective,
+    performance=Objective("performance"),
+    modelsize=Objective("modelsize", greater_is_better=False),
+)
+"""Likewise. Scripts import it beside the rest; what takes objectives, quantization, is not here."""
+
+
+def __getattr__(name: str) -> Any:
+    raise absent(__name__, name)
 
 
 def TFOptimization(*_: Any, **__: Any) -> Any:  # noqa: N802

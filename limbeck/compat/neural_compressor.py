@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.alongside import Alongside
+from limbeck.compat.intel_configs import absent
 from limbeck.compat.intel_criteria import (
     CriterionConfig,
     IntermediateLayersKnowledgeDistillationLossConfig,
@@ -33,6 +34,11 @@ __all__ = [
     "SelfKnowledgeDistillationLossConfig",
     "prepare_compression",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    raise absent(__name__, name)
+
 
 OPTIMIZERS = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 
@@ -104,7 +110,7 @@ class Callbacks:
         """After an epoch."""
         self.on_step()
         if self.judge is not None:
-            self.best.offer(float(self.judge(self.best.module)))
+            self.best.offer_by(self.judge)
         return []
 
     def on_train_end(self) -> None:
@@ -114,9 +120,9 @@ class Callbacks:
         self.best.restore()
 
     def _optimizer(self, spec: Mapping[str, Mapping[str, Any]]) -> torch.optim.Optimizer | None:
-        (name, options), *more = spec.items()
-        if name not in OPTIMIZERS or more:
+        if len(spec) != 1 or not spec.keys() <= OPTIMIZERS.keys():
             raise ValueError(f"optimizer is one of {', '.join(OPTIMIZERS)} with its options, got {dict(spec)}")
+        ((name, options),) = spec.items()
         learned = list(self.beside.parameters())
         given = {"lr" if key == "learning_rate" else key: value for key, value in options.items()}
         return OPTIMIZERS[name](learned, **given) if learned else None

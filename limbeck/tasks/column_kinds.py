@@ -20,6 +20,8 @@ BINARY: Problem = "binary"
 MULTICLASS: Problem = "multiclass"
 REGRESSION: Problem = "regression"
 PROBLEMS = (BINARY, MULTICLASS, REGRESSION)
+CLASSIFICATION = "classification"
+"""Either of the first two, as the number of classes says."""
 
 MOST_CATEGORIES, CATEGORY_SHARE = 20, 0.1
 """A column is categorical with fewer distinct values than this, and than this share of the rows."""
@@ -36,8 +38,10 @@ MOST_CLASSES, MANY_ROWS = 1000, 1000
 def as_frame(data: Any) -> pd.DataFrame:
     """A data frame of what is one, of the path of a table, of columns by name or of a list of rows.
 
+    Columns whose names are numbers get their text for a name.
+
     Raises:
-        ValueError: a file that is not there or cannot be read, or no rows.
+        ValueError: a file that is not there or cannot be read, no rows, or two columns of one name.
         TypeError: none of these.
 
     Example:
@@ -54,14 +58,26 @@ def as_frame(data: Any) -> pd.DataFrame:
         raise TypeError(f"a {type(data).__name__} is no table; pass a pandas DataFrame, or the path of a file")
     if not len(data):
         raise ValueError("the data frame has no rows; check the data")
+    if not all(isinstance(name, str) for name in data.columns):
+        data = data.rename(columns=str)
+    if not data.columns.is_unique:
+        twice = data.columns[data.columns.duplicated()][0]
+        raise ValueError(f"the table has several columns {twice!r}; rename all but one")
     return data
 
 
-def problem_of(labels: pd.Series) -> Problem:
+def problem_of(labels: pd.Series, told: str | None = None) -> Problem:
     """What is to be predicted, by the values of the label column, as AutoGluon tells it.
 
     Two distinct values are a binary problem. Words are classes. Numbers are classes where they are whole and their
     distinct values at most a tenth of the rows (a twentieth above 1000 rows), and numbers to predict otherwise.
+
+    Args:
+        labels: The values.
+        told: What is known of the problem; ``"classification"`` leaves open how many classes there are.
+
+    Raises:
+        ValueError: there is no such problem.
 
     Example:
         >>> import pandas as pd
@@ -70,11 +86,16 @@ def problem_of(labels: pd.Series) -> Problem:
     """
     from pandas.api import types
 
+    for problem in PROBLEMS:
+        if told == problem:
+            return problem
+    if told not in (None, CLASSIFICATION):
+        raise ValueError(f"unknown problem_type {told!r}; {nearest(told, (*PROBLEMS, CLASSIFICATION))}")
     known = labels.dropna()
     distinct = known.nunique()
     if distinct == 2:
         return BINARY
-    if not types.is_numeric_dtype(known):
+    if told is not None or not types.is_numeric_dtype(known):
         return MULTICLASS
     share = 0.05 if len(known) > MANY_ROWS else 0.1
     whole = bool((known % 1 == 0).all())
@@ -92,7 +113,8 @@ def column_types(
     The first rule that fits decides: ``"null"`` (not used) where all values are missing or equal;
     ``"image_path"`` for encoded images, and where more than half of the values name image files that are there;
     ``"categorical"`` for pandas categories, truth values, and columns with fewer than 20 distinct values that are
-    also fewer than a tenth of the rows; ``"numerical"`` where all values are numbers; ``"text"`` for three words
+    also fewer than a tenth of the rows; ``"numerical"`` where all values are numbers, or texts of numbers;
+    ``"text"`` for three words
     or more on average, whose distinct values are more than a hundredth of the rows; ``"categorical"`` for others.
 
     Args:
@@ -103,7 +125,7 @@ def column_types(
             reads texts; other columns are not used.
 
     Raises:
-        ValueError: `given` names a column that is not there, or a kind that is none.
+        ValueError: `given` names a column that is not there, or a kind that is none; or a column holds lists.
 
     Example:
         >>> import pandas as pd
@@ -136,7 +158,13 @@ def _kind_of(values: pd.Series) -> str:
         return NULL
     if isinstance(known.iloc[0], bytes):
         return IMAGE
-    distinct = known.nunique()
+    try:
+        distinct = known.nunique()
+    except TypeError:  # what has no hash is no single value
+        kind = type(known.iloc[0]).__name__
+        raise ValueError(
+            f"column {values.name!r} holds a {kind} in a cell; spread it over columns, or leave it out"
+        ) from None
     if distinct == 1 and len(values) > 1 and len(known) == len(values):
         return NULL
     if not types.is_numeric_dtype(values) and _are_images(known):
@@ -145,10 +173,20 @@ def _kind_of(values: pd.Series) -> str:
         return CATEGORICAL
     if distinct < min(MOST_CATEGORIES, int(CATEGORY_SHARE * len(values))):
         return CATEGORICAL
-    if types.is_numeric_dtype(values):
+    if _are_numbers(known):
         return NUMERICAL
     words = known.astype(str).drop_duplicates().str.split().str.len().mean()
     return TEXT if words >= FEWEST_WORDS and distinct > TEXT_SHARE * len(values) else CATEGORICAL
+
+
+def _are_numbers(values: pd.Series) -> bool:
+    """Whether all are numbers, or texts of them as in a file that was read without its types."""
+    import pandas as pd
+    from pandas.api import types
+
+    if not (types.is_object_dtype(values) or types.is_string_dtype(values)):
+        return bool(types.is_numeric_dtype(values))
+    return bool(pd.to_numeric(values.astype(str), errors="coerce").notna().all())
 
 
 def _are_images(values: pd.Series) -> bool:

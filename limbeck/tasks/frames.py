@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from limbeck.metrics import Metric, get_metric
+from limbeck.metrics import Metric, check_metrics, get_metric
 from limbeck.registry import nearest
 from limbeck.tasks.column_kinds import (
     BINARY,
     CATEGORICAL,
+    CLASSIFICATION,
     IMAGE,
     KINDS,
     NULL,
@@ -71,7 +72,7 @@ class Columns:
         cls,
         frame: pd.DataFrame,
         label: str,
-        problem: Problem | None = None,
+        problem: str | None = None,
         *,
         given: Mapping[str, str] | None = None,
         allowed: Collection[str] = KINDS,
@@ -82,7 +83,7 @@ class Columns:
         Args:
             frame: The training data.
             label: The column to predict.
-            problem: What is to be predicted; by default `problem_of` the label.
+            problem: What is to be predicted, or ``"classification"``; by default `problem_of` the label.
             given: See `column_types`.
             allowed: See `column_types`.
             like: Columns of a teacher, whose order of the classes and scale of the label are taken over, so that
@@ -90,7 +91,7 @@ class Columns:
 
         Raises:
             ValueError: no such label column, missing labels, labels that do not suit the problem or the teacher,
-                or no column to learn from.
+                an unknown problem, or no column to learn from.
 
         Example:
             >>> import pandas as pd
@@ -99,7 +100,7 @@ class Columns:
             ('binary', ('a', 'b'), {'x': 'numerical'})
         """
         values = _label_values(frame, label)
-        problem = problem or (problem_of(values) if like is None else like.problem)
+        problem = problem_of(values, _told(problem, like))
         types = column_types(frame, label, given, allowed)
         if not any(kind in KINDS for kind in types.values()):
             raise ValueError(f"the table has no column to learn from beside {label!r}, only {types}")
@@ -150,7 +151,10 @@ class Columns:
         found = values.tolist()
         wrong = next((value for value in found if value not in number), None)
         if wrong is not None:
-            raise ValueError(f"the label {wrong!r} in column {self.label!r} is none of {list(self.classes)}")
+            raise ValueError(
+                f"the label {wrong!r} in column {self.label!r} is none of {list(self.classes)}; correct it, or "
+                "leave such rows out"
+            )
         return [number[value] for value in found]
 
     def split(self, frame: pd.DataFrame, share: float | None = None, seed: int = 0) -> tuple[Any, Any]:
@@ -166,17 +170,19 @@ class Columns:
             The rows that stay, and those set aside.
 
         Raises:
-            ValueError: nothing would stay.
+            ValueError: nothing would stay, or nothing would be set aside.
         """
         from sklearn.model_selection import train_test_split
 
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"a holdout is a share of the rows, above 0 and below 1, got {share}")
         rows = len(frame)
         usual = max(0.1, min(0.2, 500 / rows)) if rows < 5000 else max(0.01, min(0.1, 2500 / rows))
         count = max(1, round(rows * (usual if share is None else share)))
         if count >= rows:
             raise ValueError(f"a holdout of {count} of {rows} rows leaves none to train on; pass tuning data")
-        labels = frame[self.label]
-        evenly = bool(self.classes) and labels.value_counts().min() > 1
+        labels = np.asarray(self.labels(frame))
+        evenly = bool(self.classes) and min(np.unique(labels, return_counts=True)[1]) > 1
         evenly = evenly and min(count, rows - count) >= len(self.classes)
         kept, held = train_test_split(
             frame, test_size=count, random_state=seed, stratify=labels if evenly else None
@@ -188,7 +194,12 @@ class Columns:
         return predictions * self.scale[1] + self.scale[0]
 
     def metric(self, name: str) -> Metric:
-        """A metric by name, for logits and labels as models see them; it judges numbers in the table's units."""
+        """A metric by name, for logits and labels as models see them; it judges numbers in the table's units.
+
+        Raises:
+            ValueError: an unknown metric, or one for another kind of problem.
+        """
+        check_metrics([name], len(self.classes))
         metric = get_metric(name)
         if not metric.numbers:
             return metric
@@ -281,7 +292,12 @@ class Columns:
                 found.append(Picture(where, data=cell))
             else:
                 gone = not isinstance(cell, (str, Path)) or not str(cell)
-                found.append(None if gone else Picture(f"{where} ({first_path(cell)})", first_path(cell)))
+                path = None if gone else first_path(cell)
+                if path is not None and not path.is_file():
+                    raise ValueError(
+                        f"{where}: there is no file {path}; correct it, or empty the cell if it is missing"
+                    )
+                found.append(None if path is None else Picture(f"{where} ({path})", path))
         return found
 
 
@@ -334,14 +350,29 @@ def _label_values(frame: pd.DataFrame, label: str) -> pd.Series:
     return frame[label]
 
 
+def _told(problem: str | None, like: Columns | None) -> str | None:
+    """What is known of the problem; the teacher says what the user leaves open."""
+    if like is None or (problem == CLASSIFICATION and like.problem == REGRESSION):
+        return problem
+    return like.problem if problem in (None, CLASSIFICATION) else problem
+
+
 def _sorted_classes(values: pd.Series, problem: str, label: str) -> tuple[Any, ...]:
-    distinct = set(values.tolist())
-    numbers = all(isinstance(value, (bool, int, float)) for value in distinct)
-    classes = sorted(distinct) if numbers else sorted(distinct, key=str)
+    distinct = {value.item() if isinstance(value, np.generic) else value for value in values.tolist()}
+    words = all(isinstance(value, str) for value in distinct)
+    if not words and not all(isinstance(value, (bool, int, float)) for value in distinct):
+        kinds = ", ".join(sorted({type(value).__name__ for value in distinct}))
+        raise ValueError(
+            f"the label column {label!r} holds {kinds}; labels are all words, or all numbers or truth values: "
+            f"convert them, as by frame[{label!r}].astype(str)"
+        )
+    classes = sorted(distinct)
     if len(classes) < 2 or (problem == BINARY and len(classes) > 2):
         shown = ", ".join(map(repr, classes[:5]))
+        wanted = "2" if problem == BINARY else "2 at least"
         raise ValueError(
-            f"the label column {label!r} has {len(classes)} classes ({shown}), which is not {problem}"
+            f"the label column {label!r} has {len(classes)} classes ({shown}), and a {problem} problem has "
+            f"{wanted}; check the column"
         )
     return tuple(classes)
 
@@ -351,10 +382,14 @@ def _numbers(values: pd.Series, name: str) -> Any:
     import pandas as pd
 
     try:
-        return pd.to_numeric(values).astype(float).to_numpy(dtype=np.float64, na_value=math.nan)
+        found = pd.to_numeric(values).astype(float).to_numpy(dtype=np.float64, na_value=math.nan)
     except (ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"column {name!r} holds what is no number ({reason}); correct it") from None
+    if np.isinf(found).any():
+        row = int(np.isinf(found).argmax())
+        raise ValueError(f"column {name!r} holds {found[row]} in row {row}; correct it, or empty the cell")
+    return found
 
 
 def _mean_and_deviation(values: Any) -> tuple[float, float]:

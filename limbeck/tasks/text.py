@@ -92,6 +92,30 @@ def encode_texts(
     return Examples(items, Padding(tokenizer.pad_token_id, regression), lengths)
 
 
+def labels_of_tokens(
+    words: Sequence[int | None], labels: Sequence[int], *, ignored: int = -100, every: bool = False
+) -> list[int]:
+    """The labels of a text's tokens from those of its words: that of a word goes to its first token.
+
+    Args:
+        words: Which word each token is of, None for none; ``BatchEncoding.word_ids`` gives them.
+        labels: One for each word.
+        ignored: The label of tokens that do not count.
+        every: Whether all tokens of a word have its label.
+
+    Example:
+        >>> words = [None, 0, 1, 1, None]  # [CLS] fine fil ##ms [SEP]
+        >>> labels_of_tokens(words, [0, 2]), labels_of_tokens(words, [0, 2], every=True)
+        ([-100, 0, 2, -100, -100], [-100, 0, 2, 2, -100])
+    """
+    found, before = [], None
+    for word in words:
+        counts = word is not None and (word != before or every)
+        found.append(labels[word] if counts and word is not None else ignored)
+        before = word
+    return found
+
+
 class Padding:
     """Collates tokenized examples, padded to the longest of the batch.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -36,6 +37,15 @@ class BestWeights:
         self.score = score
         self._weights = {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
         return True
+
+    def offer_by(self, judge: Callable[[nn.Module], float]) -> bool:
+        """The same by what a function says of the module, which it sees in eval mode."""
+        modes = [(part, part.training) for part in self.module.modules()]
+        try:
+            return self.offer(float(judge(self.module.eval())))
+        finally:
+            for part, mode in modes:
+                part.training = mode
 
     def restore(self) -> float:
         """Put the best weights back, if any were kept, and say their score."""

@@ -6,6 +6,7 @@ folder with that name is always whole.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
@@ -200,6 +201,31 @@ def latest(folder: Path | None) -> Path | None:
     """The newest whole checkpoint, or None."""
     found = checkpoints(folder) if folder is not None and folder.is_dir() else []
     return found[-1] if found else None
+
+
+def newest_within(folder: Path) -> Path | None:
+    """The newest whole checkpoint of all trainings that have their folders below this one, or None."""
+    trainings = {path.parent for path in folder.rglob(f"{PREFIX}*")}
+    found = [path for path in map(latest, trainings) if path is not None]
+    return max(found, key=lambda path: (path.stat().st_mtime, path), default=None)
+
+
+def unused_folder(folder: Path, name: str) -> Path:
+    """A place for the checkpoints of a new training: ``name``, or ``name-2`` and so on where others have theirs.
+
+    Example:
+        >>> unused_folder(Path("nowhere"), "model").name
+        'model'
+    """
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(folder / each for each in names if latest(folder / each) is None)
+
+
+def remove_trainings(folder: Path, name: str) -> None:
+    """Remove the folders with checkpoints whose name begins so."""
+    for old in folder.glob(f"{name}*"):
+        if latest(old) is not None:
+            shutil.rmtree(old)
 
 
 def begin(folder: Path, step: int) -> Path:

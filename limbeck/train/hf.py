@@ -24,11 +24,10 @@ from limbeck.terms import Term
 from limbeck.train.averages import TOTAL, Averages
 from limbeck.train.checkpoint import WEIGHTS, load_weights, read_tree, save_weights, write_tree
 from limbeck.train.hf_checks import check_covered, check_made
-from limbeck.train.hf_data import Entries, StudentOnly, base_of, samples, undisturbed
+from limbeck.train.hf_data import Entries, StudentOnly, base_of, labels_of_first, samples, undisturbed
 from limbeck.train.hf_step import Remembering, Update
 from limbeck.train.hf_terms import default_terms, predicts_next
 from limbeck.train.loop import seed_everything
-from limbeck.types import LABELS
 
 if TYPE_CHECKING:
     from transformers import Trainer as Base
@@ -123,12 +122,7 @@ class _Distilling(Base):  # type: ignore[misc]
         return Distiller(student, self._teacher, terms, **{"causal": predicts_next(base), **self._options})
 
     def _some_labels(self) -> Tensor | None:
-        if self.train_dataset is None:
-            return None
-        with undisturbed():
-            example = next(iter(self.train_dataset))
-        found = next((example[key] for key in (LABELS, "label", "label_ids") if key in example), None)
-        return None if found is None else torch.as_tensor(found)
+        return None if self.train_dataset is None else labels_of_first(self.train_dataset)
 
     def _make_ready(self, loader: Any = None) -> None:
         """Check everything on two examples and size the projections, before anything is made of parameters."""

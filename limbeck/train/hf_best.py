@@ -52,11 +52,7 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After an epoch."""
         if self.judge is not None:
-            student = self.best.module
-            was_training = student.training
-            student.eval()
-            self.best.offer(float(self.judge(student)))
-            student.train(was_training)
+            self.best.offer_by(self.judge)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After the last step."""

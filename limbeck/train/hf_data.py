@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from limbeck.batch import as_batch, task_of, view
@@ -150,3 +151,11 @@ def undisturbed() -> Iterator[None]:
         yield
     finally:
         set_random_state(before)
+
+
+def labels_of_first(dataset: Any) -> Tensor | None:
+    """The labels of a data set's first example, under any of the names that transformers takes, or None."""
+    with undisturbed():
+        example = next(iter(dataset))
+    found = next((example[key] for key in (LABELS, "label", "label_ids") if key in example), None)
+    return None if found is None else torch.as_tensor(found)

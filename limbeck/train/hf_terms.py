@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from limbeck.terms import Term
 from limbeck.types import LABELS
 
-REGRESSION, MULTI_LABEL = "regression", "multi_label_classification"
+REGRESSION, MULTI_LABEL, SPANS = "regression", "multi_label_classification", "spans"
 START, END = "start_logits", "end_logits"
+ENDS = {"start": START, "end": END}
+KNOWN = {REGRESSION: "label_mse", MULTI_LABEL: "binary_cross_entropy"}
+"""Losses of labels that are no single classes."""
 KD, TEMPERATURE, SHARE_OF_LABELS = "kd", 2.0, 0.5
 
 
@@ -43,23 +46,37 @@ def default_terms(
         >>> default_terms(BertForSequenceClassification(config))
         [Term(mse: logits -> logits, weight 1), Term(label_mse: logits -> labels, weight 0.5)]
     """
-    name = type(student).__name__
-    config = getattr(student, "config", None)
-    if config is None:
-        raise TypeError(f"a {name} has no config that names its task; say with terms=[...] what to learn")
-    if "QuestionAnswering" in name:
-        return _span_terms(smoothing)
-    kind = _problem(name, config, labels)
-    smoothed: Mapping[str, Any] = {"label_smoothing": smoothing} if smoothing else {}
-    teacher, known = {
-        REGRESSION: (Term("logits", loss="mse", name=KD), "label_mse"),
-        MULTI_LABEL: (
-            Term("logits", loss="binary_kl", temperature=TEMPERATURE, classes="mean", name=KD),
-            "binary_cross_entropy",
-        ),
-    }.get(kind, (Term("logits", loss="forward_kl", temperature=TEMPERATURE, name=KD), "cross_entropy"))
-    options = smoothed if known == "cross_entropy" else {}
-    return [teacher, Term(LABELS, loss=known, weight=SHARE_OF_LABELS, name=LABELS, **options)]
+    kind = _problem(student, labels)
+    return [*_teacher_terms(kind), *_label_terms(kind, smoothing, SHARE_OF_LABELS, LABELS)]
+
+
+def label_terms(
+    student: nn.Module,
+    smoothing: float = 0.0,
+    labels: Callable[[], Tensor | None] = lambda: None,
+    *,
+    weight: float = 1.0,
+    name: str = LABELS,
+) -> list[Term]:
+    """A transformers model's own loss, as terms: those of `default_terms` that read labels.
+
+    Args:
+        student: As of `default_terms`.
+        smoothing: Likewise.
+        labels: Likewise.
+        weight: Of the loss.
+        name: Of the term; where an answer begins and ends, two have it as the start of theirs.
+
+    Raises:
+        TypeError: the model has no config that would name its task.
+
+    Example:
+        >>> from transformers import BertConfig, BertForQuestionAnswering
+        >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+        >>> [term.name for term in label_terms(BertForQuestionAnswering(config), name="own")]
+        ['own.start', 'own.end']
+    """
+    return _label_terms(_problem(student, labels), smoothing, weight, name)
 
 
 def predicts_next(student: nn.Module) -> bool:
@@ -75,8 +92,13 @@ def predicts_next(student: nn.Module) -> bool:
     return type(student).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not decodes_beside
 
 
-def _problem(name: str, config: Any, labels: Callable[[], Tensor | None]) -> str:
+def _problem(student: nn.Module, labels: Callable[[], Tensor | None]) -> str:
     """What the labels mean; transformers, too, decides by them where the config does not."""
+    name, config = type(student).__name__, getattr(student, "config", None)
+    if config is None:
+        raise TypeError(f"a {name} has no config that names its task; say with terms=[...] what to learn")
+    if "QuestionAnswering" in name:
+        return SPANS
     if not name.endswith("ForSequenceClassification") and not name.endswith("ForImageClassification"):
         return ""
     if config.problem_type is not None:
@@ -87,20 +109,26 @@ def _problem(name: str, config: Any, labels: Callable[[], Tensor | None]) -> str
     return MULTI_LABEL if found is not None and torch.is_floating_point(found) else ""
 
 
-def _span_terms(smoothing: float) -> list[Term]:
-    smoothed: Mapping[str, Any] = {"label_smoothing": smoothing} if smoothing else {}
-    terms = []
-    for tap, entry in ((START, "start_positions"), (END, "end_positions")):
-        side = tap.removesuffix("_logits")
-        terms += [
-            Term(tap, loss="forward_kl", temperature=TEMPERATURE, weight=0.5, name=f"{KD}.{side}"),
-            Term(
-                tap,
-                f"{LABELS}.{entry}",
-                loss="cross_entropy",
-                weight=0.5 * SHARE_OF_LABELS,
-                name=f"{LABELS}.{side}",
-                **smoothed,
-            ),
+def _teacher_terms(kind: str) -> list[Term]:
+    if kind == REGRESSION:
+        return [Term("logits", loss="mse", name=KD)]
+    if kind == MULTI_LABEL:
+        return [Term("logits", loss="binary_kl", temperature=TEMPERATURE, classes="mean", name=KD)]
+    if kind == SPANS:
+        return [
+            Term(tap, loss="forward_kl", temperature=TEMPERATURE, weight=0.5, name=f"{KD}.{side}")
+            for side, tap in ENDS.items()
         ]
-    return terms
+    return [Term("logits", loss="forward_kl", temperature=TEMPERATURE, name=KD)]
+
+
+def _label_terms(kind: str, smoothing: float, weight: float, name: str) -> list[Term]:
+    if kind in KNOWN:
+        return [Term(LABELS, loss=KNOWN[kind], weight=weight, name=name)]
+    options: dict[str, Any] = {"loss": "cross_entropy", **({"label_smoothing": smoothing} if smoothing else {})}
+    if kind == SPANS:
+        return [
+            Term(tap, f"{LABELS}.{side}_positions", weight=0.5 * weight, name=f"{name}.{side}", **options)
+            for side, tap in ENDS.items()
+        ]
+    return [Term(LABELS, weight=weight, name=name, **options)]

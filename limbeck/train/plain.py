@@ -49,7 +49,8 @@ class Loop:
     Args:
         step: Gives the loss of a batch, one number, the mean over its examples: ``step(batch, state)``.
         model: Holds all that trains, and is what checkpoints keep; `step` may call any part of it.
-        loader: Gives the batches of an epoch each time it is read. Each of several ranks reads its own share.
+        loader: Gives the batches of an epoch each time it is read, or a function that makes the loader of an epoch
+            from its number, counted from 0. Each of several ranks reads its own share.
         optimizer: Holds parameters of `model`.
         epochs: Passes over the loader; or `steps`.
         steps: Number of updates, over as many epochs as it takes.
@@ -63,12 +64,15 @@ class Loop:
         callbacks: What watches.
         folder: Where checkpoints go. If it holds one, training goes on from there, bit for bit as if it had never
             been interrupted. None for no checkpoints.
+        begin: A checkpoint of another folder to go on from where `folder` holds none.
         checkpoint_every: Steps; by default each epoch. There is always one at the end.
         keep: Number of checkpoints kept.
         weigh: How much a batch counts among those of its update.
         prepare: What is done to a batch before it is placed on the device.
+        place: Whether batches are placed on the device; False where the step does so itself.
 
     Raises:
+        TypeError: a loader that gives nothing.
         ValueError: epochs and steps, or neither; parameters that are in no part of the model; an empty loader.
 
     Example:
@@ -82,7 +86,7 @@ class Loop:
 
     step: Callable[[Any, State], Tensor]
     model: nn.Module
-    loader: Iterable[Any]
+    loader: Iterable[Any] | Callable[[int], Iterable[Any]]
     optimizer: torch.optim.Optimizer
     _: KW_ONLY
     epochs: int | None = None
@@ -96,12 +100,15 @@ class Loop:
     device: torch.device | str | None = None
     callbacks: Sequence[Callback] = ()
     folder: Path | str | None = None
+    begin: Path | None = None
     checkpoint_every: int | None = None
     keep: int = 1
     weigh: Callable[[Any], float] = size_of
     prepare: Callable[[Any], Any] | None = None
+    place: bool = True
 
     def __post_init__(self) -> None:
+        self._first = self._loader_of(0)
         self._check()
         self.accelerator = start_accelerator(Settings(), None)
         self._place = torch.device(self.device or self.accelerator.device)
@@ -109,7 +116,9 @@ class Loop:
         self._held = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.state = State(self.model, self.total_steps())
         parts = self.state, self.optimizer, self.scheduler, self._scaler
-        self._keeping = Keeping(self.folder, self.keep, self.accelerator, *parts, self._belongs())
+        self._keeping = Keeping(
+            self.folder, self.keep, self.accelerator, *parts, self._belongs(), begin=self.begin
+        )
 
     def total_steps(self) -> int | None:
         """The number of updates of the whole training; None where the loader has no length."""
@@ -120,9 +129,9 @@ class Loop:
 
     def updates_per_epoch(self) -> int | None:
         """The number of updates of one epoch, its last smaller one included."""
-        if not isinstance(self.loader, Sized):
+        if not isinstance(self._first, Sized):
             return self.epoch_steps
-        updates = math.ceil(len(self.loader) / self.accumulation)
+        updates = math.ceil(len(self._first) / self.accumulation)
         return updates if self.epoch_steps is None else min(updates, self.epoch_steps)
 
     def run(self) -> State:
@@ -182,22 +191,26 @@ class Loop:
         Those before are drawn again, from where the epoch had been drawn from, and passed over.
         """
         done, now = self.state.position, random_state()
-        own = self.loader.generator if isinstance(self.loader, DataLoader) else None
         if done:
             set_random_state(self._keeping.drawn_from["global"])
-            if own is not None:
-                own.set_state(self._keeping.drawn_from["loader"])
-        drawn_from = {"global": random_state(), "loader": None if own is None else own.get_state()}
-        self._keeping.drawn_from = drawn_from
-        if isinstance(sampler := _sampler(self.loader), DistributedSampler):
+        drawn_from: dict[str, Any] = {"global": random_state()}
+        loader = self._loader_of(self.state.epoch)
+        own = loader.generator if isinstance(loader, DataLoader) else None
+        if done and own is not None:
+            own.set_state(self._keeping.drawn_from["loader"])
+        self._keeping.drawn_from = {**drawn_from, "loader": None if own is None else own.get_state()}
+        if isinstance(sampler := _sampler(loader), DistributedSampler):
             sampler.set_epoch(self.state.epoch)
-        batches = iter(self.loader)
+        batches = iter(loader)
         updates = iter(lambda: list(itertools.islice(batches, self.accumulation)), [])
         updates = itertools.islice(updates, self.epoch_steps)
         if done:
             deque(itertools.islice(updates, done), maxlen=0)
             set_random_state(now)
         yield from updates
+
+    def _loader_of(self, epoch: int) -> Iterable[Any]:
+        return self.loader(epoch) if callable(self.loader) else self.loader
 
     def _end_epoch(self) -> None:
         state = self.state
@@ -237,7 +250,7 @@ class Loop:
         if accelerator.num_processes > 1:
             from accelerate import DistributedDataParallelKwargs
 
-            if isinstance(_sampler(self.loader), (RandomSampler, SequentialSampler)):
+            if isinstance(_sampler(self._first), (RandomSampler, SequentialSampler)):
                 raise ValueError(
                     f"all {accelerator.num_processes} ranks would read the same data; give the loader a "
                     "DistributedSampler"
@@ -248,6 +261,9 @@ class Loop:
         self.model.train()
 
     def _check(self) -> None:
+        loader: Any = self.loader
+        if not isinstance(loader, Iterable):
+            raise TypeError(f"the loader gives batches, got {type(loader).__name__}; pass a DataLoader or a list")
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"train for epochs or for steps, got epochs={self.epochs} and steps={self.steps}")
         for name in ("epochs", "steps", "epoch_steps", "accumulation", "checkpoint_every", "keep"):
@@ -256,7 +272,7 @@ class Loop:
                 raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip must be positive, or None for no clipping, got {self.clip!r}")
-        if isinstance(self.loader, Sized) and not len(self.loader):
+        if isinstance(self._first, Sized) and not len(self._first):
             raise ValueError("the loader is empty; check its data set and drop_last")
         own = set(self.model.parameters())
         strange = sum(p not in own for group in self.optimizer.param_groups for p in group["params"])
@@ -275,6 +291,8 @@ class Loop:
 
     def _placed(self, batch: Any) -> Any:
         batch = batch if self.prepare is None else self.prepare(batch)
+        if not self.place:
+            return batch
         return map_tensors({"batch": batch}, lambda t: t.to(self._place, non_blocking=True))["batch"]
 
     def _call(self, name: str) -> None:

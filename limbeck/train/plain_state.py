@@ -81,6 +81,7 @@ class Keeping:
         scheduler: Its scheduler, or None.
         scaler: Scales the loss in half precision.
         belongs: What a checkpoint must agree in with the training that goes on from it.
+        begin: A checkpoint to go on from where `folder` holds none.
         drawn_from: The random states that the epoch at hand was drawn from, to draw it again.
     """
 
@@ -92,6 +93,7 @@ class Keeping:
     scheduler: Any
     scaler: torch.amp.GradScaler
     belongs: dict[str, Any]
+    begin: Path | None = None
     drawn_from: dict[str, Any] = field(default_factory=dict)
     saved: tuple[int, int] = (-1, -1)
 
@@ -127,7 +129,7 @@ class Keeping:
         Raises:
             ValueError: it belongs to another training or another model.
         """
-        newest = files.latest(None if self.folder is None else Path(self.folder))
+        newest = files.latest(None if self.folder is None else Path(self.folder)) or self.begin
         if newest is None:
             return
         tree = files.read_tree(newest, "state")
@@ -144,7 +146,7 @@ class Keeping:
         files.set_random_state(self.drawn_from.pop("now"))
         self.state.checkpoint, self.saved = newest, (self.state.step, self.state.epoch)
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and newest != self.begin:
             files.sweep(newest.parent)
 
     def check_finite(self) -> None:

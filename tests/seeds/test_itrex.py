@@ -23,7 +23,7 @@ DOTS = f"model=student, args=args, compute_metrics=accuracy, {DATA}"
 THEIRS = "from intel_extension_for_transformers.transformers"
 IMPORTS = {
     f"{THEIRS} import metric, objectives, DistillationConfig, Criterion": (
-        "from limbeck.compat.itrex import metrics, DistillationConfig, Criterion"
+        "from limbeck.compat.itrex import metric, objectives, DistillationConfig, Criterion"
     ),
     f"{THEIRS}.trainer import NLPTrainer": "from limbeck.compat.itrex import NLPTrainer",
     f"{THEIRS} import (DistillationConfig, metrics)": (

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from limbeck.accompanied import Accompanied
 from limbeck.compat.modelopt.config import ConfigError, KDLossConfig, LayerwiseKDConfig, Loss
+from limbeck.compat.modelopt.layers import Layer, layers_of
 from limbeck.compat.modelopt.loss_balancers import STUDENT_LOSS_KEY
 from limbeck.compat.modelopt.losses import logits_of
-from limbeck.registry import nearest
-from limbeck.standin import StandIn
 from limbeck.teachers import ModuleTeacher, as_teacher
-from limbeck.witness import Witness
 
-LOSS_MODULES, TEACHER = "_loss_modules", "_teacher_model"
-
-NOT_USED = "what the {} returned for the last batch was not used; call compute_kd_loss after each call"
-
-NO_INPUTS = (
-    "the teacher has no intermediate input stored, so that the student's modules get their own; run the teacher "
-    "before, in only_teacher_forward"
-)
+LOSS_MODULES, TEACHER_MODEL = "_loss_modules", "_teacher_model"
 
 
-class DistillationModel(StandIn):
+class DistillationModel(Accompanied):
     """A student that is taken for itself, a teacher, and losses between them; made by `convert`.
 
     Args:
@@ -40,42 +32,21 @@ class DistillationModel(StandIn):
     """
 
     def __init__(self, student: nn.Module, config: KDLossConfig | LayerwiseKDConfig) -> None:
-        super().__init__(student)
         losses = config.losses()
         teacher = as_teacher(config.teacher_model)
         if not isinstance(teacher, ModuleTeacher):
             raise TypeError(f"the teacher of a converted model is a module, got {type(teacher).__name__}")
-        for place, (model, side) in enumerate(((student, "student"), (teacher.module, "teacher"))):
-            _check_paths(model, side, [pair[place] for pair, _ in losses])
+        layerwise = isinstance(config, LayerwiseKDConfig)
+        try:
+            super().__init__(student, teacher.module, [pair for pair, _ in losses], layerwise)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         self._losses = [loss for _, loss in losses]
         self._loss_modules = nn.ModuleList(_with_state(self._losses))
         self._loss_balancer = config.loss_balancer
         if not config.expose_minimal_state_dict:
             self._teacher_model = teacher.module
-        layerwise = isinstance(config, LayerwiseKDConfig)
-        self._witness = Witness(student, teacher.module, [pair for pair, _ in losses], layerwise)
-        self._trained = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
-        self._only: str | None = None
         self._hidden = False
-        self._replica = 0
-        if layerwise:
-            student.requires_grad_(False)
-            for (path, _), _ in losses:
-                student.get_submodule(path).requires_grad_(True)
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the teacher and the student in training mode, the student alone in eval mode."""
-        witness, replica = self._witness, self._replica
-        if self._only == "teacher":
-            return witness.ask(args, kwargs, replica=replica)
-        if self._only == "student":
-            if witness.layerwise and not witness.saw(replica, "teacher"):
-                warnings.warn(NO_INPUTS, stacklevel=2)
-            return witness.learn(self.student, args, kwargs, replica=replica)
-        for side in ("student", "teacher"):
-            if self.training and witness.saw(replica, side):
-                warnings.warn(NOT_USED.format(side), stacklevel=2)
-        return witness.call(self.student, args, kwargs, replica=replica, later=not self.training)
 
     def compute_kd_loss(
         self,
@@ -101,7 +72,7 @@ class DistillationModel(StandIn):
             raise ConfigError("student_loss was given without using Loss Balancer; add one to the configuration")
         _refuse_unused(self._losses, loss_fn_kwargs)
         found: dict[str, Any] = {} if student_loss is None else {STUDENT_LOSS_KEY: student_loss}
-        for place, (loss, sides) in enumerate(zip(self._losses, self._witness.take(), strict=True)):
+        for place, (loss, sides) in enumerate(zip(self._losses, self.take(), strict=True)):
             ours, theirs = map(logits_of, sides) if _of_torch(loss) else sides
             value = loss(ours, theirs, **_taken(loss, loss_fn_kwargs))
             name = getattr(loss, "__name__", type(loss).__name__)
@@ -131,6 +102,26 @@ class DistillationModel(StandIn):
         return list(zip(self._witness.pairs, self._losses, strict=True))
 
     @property
+    def _layers_to_loss(self) -> dict[tuple[Layer, Layer], Loss]:
+        return {layers_of(self._witness, self.student, pair): loss for pair, loss in self.losses_by_pair()}
+
+    @property
+    def _only_teacher_fwd(self) -> bool:
+        return self._alone == "teacher"
+
+    @property
+    def _only_student_fwd(self) -> bool:
+        return self._alone == "student"
+
+    @property
+    def _hook_handles(self) -> list[RemovableHandle]:
+        return [*self._witness.student.handles, *self._witness.teacher.watch.handles]
+
+    @property
+    def _intermediate_output(self) -> Any:
+        return Layer(self.student, "", "student", self._witness)._intermediate_output
+
+    @property
     def original_cls(self) -> type[nn.Module]:
         """The student's class."""
         return type(self.student)
@@ -140,85 +131,25 @@ class DistillationModel(StandIn):
         """Hide the teacher from the module tree for a while."""
         before, self._hidden = self._hidden, self._hidden or enable
         try:
-            with self._without(TEACHER, enable):
+            with self.without(TEACHER_MODEL, enable):
                 yield
         finally:
             self._hidden = before
 
-    @contextmanager
-    def hide_loss_modules(self, enable: bool = True) -> Iterator[None]:
+    def hide_loss_modules(self, enable: bool = True) -> AbstractContextManager[None]:
         """Hide the losses that have weights from the module tree for a while."""
-        with self._without(LOSS_MODULES, enable):
-            yield
+        return self.without(LOSS_MODULES, enable)
 
-    @contextmanager
-    def only_teacher_forward(self, enable: bool = True) -> Iterator[None]:
+    def only_teacher_forward(self, enable: bool = True) -> AbstractContextManager[None]:
         """Run the teacher alone for a while, and return its output."""
-        with self._running("teacher" if enable else self._only):
-            yield
+        return self.alone("teacher", enable)
 
-    @contextmanager
-    def only_student_forward(self, enable: bool = True) -> Iterator[None]:
+    def only_student_forward(self, enable: bool = True) -> AbstractContextManager[None]:
         """Run the student alone for a while."""
-        with self._running("student" if enable else self._only):
-            yield
-
-    def train(self, mode: bool = True) -> Any:
-        """Set the mode; what was kept of the other mode is forgotten."""
-        if mode != self.training:
-            self._witness.forget()
-        super().train(mode)
-        self._witness.teacher.module.eval()
-        return self
-
-    def export(self) -> nn.Module:
-        """Give the student back: the object that went in, without hooks, with what was to be trained before."""
-        self._witness.end()
-        for name, parameter in self.student.named_parameters():
-            parameter.requires_grad_(self._trained.get(name, parameter.requires_grad))
-        return self.student
-
-    @contextmanager
-    def _running(self, only: str | None) -> Iterator[None]:
-        before, self._only = self._only, only
-        try:
-            yield
-        finally:
-            self._only = before
-
-    @contextmanager
-    def _without(self, name: str, enable: bool) -> Iterator[None]:
-        there = self._modules.get(name)
-        if enable and there is not None:
-            self._modules[name] = nn.ModuleList()
-        try:
-            yield
-        finally:
-            if there is not None:
-                self._modules[name] = there
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What moves or converts the model does so to the teacher, too."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if TEACHER not in self._modules:
-            self._witness.teacher.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._witness.teacher.changed()
-        return self
-
-    def _replicate_for_data_parallel(self) -> Any:
-        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica._replica = self._witness.replicate()
-        return replica
+        return self.alone("student", enable)
 
 
 LayerwiseDistillationModel = DistillationModel
-
-
-def _check_paths(model: nn.Module, side: str, paths: list[str]) -> None:
-    known = dict(model.named_modules())
-    for path in paths:
-        if path not in known:
-            raise ConfigError(f"the {side} has no module {path!r}; {nearest(path, set(known) - {''})}")
 
 
 def _with_state(losses: list[Loss]) -> list[nn.Module]:

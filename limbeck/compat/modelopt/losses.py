@@ -167,7 +167,7 @@ class MGDLoss(nn.Module):
         drawn = torch.rand(len(out_t), 1, *out_t.shape[-2:], device=out_s.device)
         kept = (drawn <= 1 - self._lambda_mgd).to(out_s.dtype)
         generated = self.generation(self.align(out_s) * kept)
-        values = LOSSES.get("mgd")(generated, out_t.detach(), alpha=self._alpha_mgd / out_t[0].numel())
+        values = LOSSES.get("mgd")(generated, out_t, alpha=self._alpha_mgd / out_t[0].numel())
         return masked_mean(values)
 
 

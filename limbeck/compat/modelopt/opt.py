@@ -10,7 +10,7 @@ from torch import nn
 
 from limbeck.compat.modelopt.config import ConfigError
 from limbeck.compat.modelopt.distillation import unwrapped
-from limbeck.compat.modelopt.distillation_model import LOSS_MODULES, TEACHER, DistillationModel
+from limbeck.compat.modelopt.distillation_model import LOSS_MODULES, TEACHER_MODEL, DistillationModel
 from limbeck.train.checkpoint import read_weights, save_weights
 
 
@@ -50,7 +50,9 @@ def restore(model: Any, f: str | Path) -> nn.Module:
     except SafetensorError as error:
         raise ConfigError(f"{f} is no file of limbeck's ({error}); pickles are not loaded, save it anew") from None
     if not isinstance(made, DistillationModel):
-        state = {key: value for key, value in state.items() if key.split(".")[0] not in (LOSS_MODULES, TEACHER)}
+        state = {
+            key: value for key, value in state.items() if key.split(".")[0] not in (LOSS_MODULES, TEACHER_MODEL)
+        }
     try:
         made.load_state_dict(state)
     except RuntimeError as error:

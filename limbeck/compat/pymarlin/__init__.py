@@ -1,78 +1,85 @@
-"""PyMarlin's names: put ``limbeck.compat.pymarlin`` where your script says ``pymarlin``.
+"""PyMarlin's names, all of them in this one module; docs/coming-from.md says what differs and what was corrected.
 
-They are loaded on first use. What differs and what was corrected stands in docs/coming-from.md.
+A script that uses a module of PyMarlin by its name imports this one under it:
+``from limbeck.compat import pymarlin as trainer``.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from limbeck.compat.pymarlin import distill_utils as distill_utils
-    from limbeck.compat.pymarlin.core.data_interface import DataInterface as DataInterface
-    from limbeck.compat.pymarlin.core.data_interface import DataProcessor as DataProcessor
-    from limbeck.compat.pymarlin.core.module_interface import CallbackInterface as CallbackInterface
-    from limbeck.compat.pymarlin.core.module_interface import ModuleInterface as ModuleInterface
-    from limbeck.compat.pymarlin.core.module_interface import Stage as Stage
-    from limbeck.compat.pymarlin.core.trainer import Trainer as Trainer
-    from limbeck.compat.pymarlin.core.trainer_arguments import TrainerArguments as TrainerArguments
-    from limbeck.compat.pymarlin.core.trainer_backend import DDPTrainerBackend as DDPTrainerBackend
-    from limbeck.compat.pymarlin.core.trainer_backend import SingleProcess as SingleProcess
-    from limbeck.compat.pymarlin.core.trainer_backend import SingleProcessAmp as SingleProcessAmp
-    from limbeck.compat.pymarlin.core.trainer_backend import SingleProcessApexAmp as SingleProcessApexAmp
-    from limbeck.compat.pymarlin.distillation import DistillationArguments as DistillationArguments
-    from limbeck.compat.pymarlin.distillation import DistillRecipe as DistillRecipe
-    from limbeck.compat.pymarlin.distillation import build_distill_module as build_distill_module
-    from limbeck.compat.pymarlin.recipe import ModelArguments as ModelArguments
-    from limbeck.compat.pymarlin.recipe import ModuleInterfaceArguments as ModuleInterfaceArguments
-    from limbeck.compat.pymarlin.recipe import Recipe as Recipe
-    from limbeck.compat.pymarlin.utils.checkpointer.checkpoint_utils import (
-        DefaultCheckpointerArguments as DefaultCheckpointerArguments,
-    )
-    from limbeck.compat.pymarlin.utils.config_parser.custom_arg_parser import CustomArgParser as CustomArgParser
-    from limbeck.compat.pymarlin.utils.stats import BasicStats as BasicStats
-    from limbeck.compat.pymarlin.utils.stats import StatInitArguments as StatInitArguments
-    from limbeck.compat.pymarlin.utils.stats import global_stats as global_stats
-    from limbeck.compat.pymarlin.utils.writer import WriterInitArguments as WriterInitArguments
+from limbeck.compat.pymarlin import distill_utils
+from limbeck.compat.pymarlin.arguments import (
+    CustomArgParser,
+    DefaultCheckpointerArguments,
+    DistillationArguments,
+    DistributedTrainingArguments,
+    ModelArguments,
+    ModuleInterfaceArguments,
+    StatInitArguments,
+    TrainerArguments,
+    WriterInitArguments,
+)
+from limbeck.compat.pymarlin.distill_utils import extract_layers, logits_loss, representations_loss
+from limbeck.compat.pymarlin.module import CallbackInterface, DataInterface, DataProcessor, ModuleInterface, Stage
+from limbeck.compat.pymarlin.plugins import HfNERPlugin, HfSeqClassificationPlugin
+from limbeck.compat.pymarlin.recipe import DistillRecipe, Recipe, build_distill_module
+from limbeck.compat.pymarlin.stats import global_stats
+from limbeck.compat.pymarlin.trainer import (
+    DDPTrainerBackend,
+    SingleProcess,
+    SingleProcessAmp,
+    Trainer,
+    build_trainer_backend,
+)
 
-_HERE = "limbeck.compat.pymarlin"
-_HOMES = {
-    "BasicStats": "utils.stats",
-    "CallbackInterface": "core.module_interface",
-    "CustomArgParser": "utils.config_parser.custom_arg_parser",
-    "DDPTrainerBackend": "core.trainer_backend",
-    "DataInterface": "core.data_interface",
-    "DataProcessor": "core.data_interface",
-    "DefaultCheckpointerArguments": "utils.checkpointer.checkpoint_utils",
-    "DistillRecipe": "distillation",
-    "DistillationArguments": "distillation",
-    "ModelArguments": "recipe",
-    "ModuleInterface": "core.module_interface",
-    "ModuleInterfaceArguments": "recipe",
-    "Recipe": "recipe",
-    "SingleProcess": "core.trainer_backend",
-    "SingleProcessAmp": "core.trainer_backend",
-    "SingleProcessApexAmp": "core.trainer_backend",
-    "Stage": "core.module_interface",
-    "StatInitArguments": "utils.stats",
-    "Trainer": "core.trainer",
-    "TrainerArguments": "core.trainer_arguments",
-    "WriterInitArguments": "utils.writer",
-    "build_distill_module": "distillation",
-    "global_stats": "utils.stats",
+__all__ = [
+    "CallbackInterface",
+    "CustomArgParser",
+    "DDPTrainerBackend",
+    "DataInterface",
+    "DataProcessor",
+    "DefaultCheckpointerArguments",
+    "DistillRecipe",
+    "DistillationArguments",
+    "DistributedTrainingArguments",
+    "HfNERPlugin",
+    "HfSeqClassificationPlugin",
+    "ModelArguments",
+    "ModuleInterface",
+    "ModuleInterfaceArguments",
+    "Recipe",
+    "SingleProcess",
+    "SingleProcessAmp",
+    "Stage",
+    "StatInitArguments",
+    "Trainer",
+    "TrainerArguments",
+    "WriterInitArguments",
+    "build_distill_module",
+    "build_trainer_backend",
+    "distill_utils",
+    "extract_layers",
+    "global_stats",
+    "logits_loss",
+    "representations_loss",
+]
+
+GONE = {
+    "SingleProcessApexAmp": "use SingleProcessAmp, PyTorch does what apex did",
+    "SingleProcessDpSgd": "training with differential privacy (Opacus) is not supported; use SingleProcess",
+    "DefaultCheckpointer": "pass DefaultCheckpointerArguments to TrainerArguments",
+    "AbstractCheckpointer": "checkpointers of a script's own are not supported; use DefaultCheckpointerArguments",
+    "OutputCollector": "use limbeck.train.collecting.Collected",
+    "SequentialDistributedSampler": "use limbeck.train.collecting.RankShare",
+    "rank_zero_only": "use accelerate.PartialState().on_main_process",
+    "getlogger": "use logging.getLogger",
+    "core": "import its names from limbeck.compat.pymarlin",
+    "utils": "import its names from limbeck.compat.pymarlin",
 }
-
-__all__ = [*_HOMES, "distill_utils"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "distill_utils":
-        return importlib.import_module(f"{_HERE}.distill_utils")
-    if name not in _HOMES:
-        raise AttributeError(f"module {_HERE!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{_HERE}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    if name in GONE:
+        raise ImportError(f"limbeck.compat.pymarlin has no {name}; {GONE[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

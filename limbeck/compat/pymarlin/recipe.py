@@ -1,105 +1,33 @@
-"""``Recipe``: what PyMarlin's GLUE example calls so, a transformers model with its data, to be subclassed."""
+"""``Recipe``, as PyMarlin's GLUE example calls it, and ``DistillRecipe``, for which `limbeck.Distiller` works."""
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 
 from limbeck.batch import collated
-from limbeck.compat.pymarlin.core.module_interface import ModuleInterface
-from limbeck.compat.pymarlin.utils.arguments import arguments
-from limbeck.compat.pymarlin.utils.distributed import rank_zero_only
-from limbeck.compat.pymarlin.utils.stats import global_stats
+from limbeck.compat.pymarlin.arguments import DistillationArguments
+from limbeck.compat.pymarlin.distill_utils import pattern_distance
+from limbeck.compat.pymarlin.module import ModuleInterface
+from limbeck.compat.pymarlin.stats import global_stats
+from limbeck.distiller import Distiller
+from limbeck.pairing import expose_attention
+from limbeck.pretrained import load_pretrained
+from limbeck.students import shrink, take_layers
+from limbeck.students.depth import count_layers
+from limbeck.terms import Term, layer_pairs, spread
 from limbeck.train.settings import Settings
-
-
-@arguments
-@dataclass
-class ModelArguments:
-    """Which model.
-
-    Attributes:
-        encoder_key: The attribute of the model that holds the encoder.
-        hf_model: A hub id, where no folder is given.
-        model_path: A folder with a model and its config, as ``save_pretrained`` writes it.
-        model_wts_path: The same, by the name of the GLUE example.
-        model_config_path: Accepted where it is the same folder.
-        model_file: Accepted, and of no effect: transformers finds the file.
-        model_config_file: The config's name.
-        tokenizer_path: By default the model's folder.
-        model_name: Accepted, and of no effect.
-        num_labels: The number of classes; None for the config's.
-
-    Example:
-        >>> ModelArguments(model_path="runs/teacher").source
-        'runs/teacher'
-    """
-
-    encoder_key: str = "bert"
-    hf_model: str = "bert-base-uncased"
-    model_path: str | None = None
-    model_wts_path: str | None = None
-    model_config_path: str | None = None
-    model_file: str | None = None
-    model_config_file: str = "config.json"
-    tokenizer_path: str | None = None
-    model_name: str | None = None
-    num_labels: int | None = None
-
-    @property
-    def source(self) -> str:
-        """Where the model is loaded from.
-
-        Raises:
-            ValueError: its config lies elsewhere.
-        """
-        folder = self.model_path or self.model_wts_path
-        if folder and self.model_config_path and Path(folder) != Path(self.model_config_path):
-            raise ValueError(
-                f"the model lies in {folder!r} and its config in {self.model_config_path!r}; put them together"
-            )
-        return folder or self.hf_model
-
-
-@arguments
-@dataclass
-class ModuleInterfaceArguments:
-    """How a recipe trains.
-
-    Attributes:
-        max_lr: The largest learning rate.
-        warmup_prop: The share of the steps in which it rises.
-        metric: ``"acc"``, ``"acc_and_f1"``, ``"pcc_and_scc"`` or ``"mcc"``.
-        has_labels: Whether the validation data has labels.
-        max_seq_len: Tokens of a text.
-        pad_label_id: The label of tokens that do not count.
-        label_all_tokens: Whether all tokens of a word have its label, and not only the first.
-        output_dir: Where the model goes at the end; None for nowhere.
-        model_args: Which model.
-
-    Example:
-        >>> ModuleInterfaceArguments(max_lr=1e-4).warmup_prop
-        0.1
-    """
-
-    max_lr: float = 4e-5
-    warmup_prop: float = 0.1
-    metric: str = "acc"
-    has_labels: bool = True
-    max_seq_len: int = 128
-    pad_label_id: int = -100
-    label_all_tokens: bool = False
-    output_dir: str | None = None
-    model_args: ModelArguments = field(default_factory=ModelArguments)
 
 
 class Recipe(ModuleInterface):
@@ -187,11 +115,10 @@ class Recipe(ModuleInterface):
         if len(val_step_collated_outputs) == 3:
             global_stats.update(f"{key}/val_loss", float(val_step_collated_outputs[0].mean()))
 
-    @rank_zero_only
     def on_end_train(self, global_step: int) -> None:
         """Save the model where ``args.output_dir`` says."""
         folder = getattr(self.args, "output_dir", None)  # a script's own arguments may have none
-        if folder:
+        if folder and PartialState().is_main_process:
             self.save_model(folder)
 
     def save_model(self, folder: str | Path) -> None:
@@ -200,3 +127,192 @@ class Recipe(ModuleInterface):
         if isinstance(stack, nn.ModuleList):  # it may have been exchanged by hand
             self.model.config.num_hidden_layers = len(stack)
         self.model.save_pretrained(folder)
+
+
+def build_terms(distill: DistillationArguments, student: Any, teacher: Any) -> list[Term]:
+    """The objective, for two transformers models.
+
+    Raises:
+        ValueError: layers that are not there, or not one for each of the student's.
+    """
+    pairs = paired_layers(distill.student_layers, count_layers(student), count_layers(teacher))
+    project = "linear" if student.config.hidden_size != teacher.config.hidden_size else None
+    regression = student.config.num_labels == 1  # a distribution over one class is always the same
+    scale = 1.0 if distill.scale_loss_by_temp else distill.temperature**2
+    found: list[Term] = []
+    for kind, weight in zip(distill.loss_types, distill.loss_weights, strict=True):
+        tap = f"{kind}.{{}}"
+        if kind == "labels":
+            found += [Term(kind, loss="label_mse" if regression else "cross_entropy", weight=weight, name=kind)]
+        elif kind == "logits" and regression:
+            found += [Term(kind, loss="mse", weight=weight, name=kind)]
+        elif kind == "logits":
+            soft = distill.temperature
+            found += [Term(kind, loss="forward_kl", temperature=soft, weight=weight / scale, name=kind)]
+        elif kind == "attentions":
+            found += spread(tap, tap, pairs, name=kind, weight=weight, loss=pattern_distance)
+        else:  # the embeddings stand before the hidden states of layer 0
+            outputs = [(i + 1, j + 1) for i, j in pairs]
+            loss = "normalized_mse"
+            found += spread(tap, tap, outputs, name=kind, weight=weight, loss=loss, project=project)
+    return found
+
+
+def paired_layers(chosen: Sequence[int], student: int, teacher: int) -> list[tuple[int, int]]:
+    """Which of the student's layers learns from which of the teacher's.
+
+    Raises:
+        ValueError: not one for each of the student's.
+
+    Example:
+        >>> paired_layers([0, -1], 2, 4)
+        [(0, 0), (1, 3)]
+    """
+    if not chosen:
+        return layer_pairs("uniform", student, teacher)
+    if len(chosen) != student:
+        raise ValueError(
+            f"the student has {student} layers and student_layers names {len(chosen)} of the teacher's; name one "
+            "for each, or none"
+        )
+    return layer_pairs([(i, j % teacher) for i, j in enumerate(chosen)], student, teacher)
+
+
+def narrowed(student: Any, share: float) -> Any:
+    """A student that keeps a share of the width, as in PyMarlin's GLUE example; heads keep their size.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
+        >>> teacher = BertModel(BertConfig(num_attention_heads=4, intermediate_size=10, **sizes))
+        >>> config = narrowed(teacher, 0.3).config
+        >>> config.num_attention_heads, config.hidden_size, config.intermediate_size
+        (2, 4, 3)
+    """
+    config = student.config
+    heads = math.ceil(share * config.num_attention_heads)
+    hidden = heads * (config.hidden_size // config.num_attention_heads)
+    return shrink(
+        student, heads=heads, hidden_size=hidden, intermediate_size=int(share * config.intermediate_size)
+    )
+
+
+class Distilling(ModuleInterface):
+    """What turns a module into one that distils; mixed into another one, before it.
+
+    The trained model becomes ``self.teacher``, which is frozen and outside of the module tree; ``self.model`` is
+    the student. What trains with it, such as projections, is ``self.objective``.
+    """
+
+    args: Any
+    model: Any
+    distill_args: DistillationArguments
+    given: tuple[Any, Any] = (None, None)
+
+    def setup_models(self) -> tuple[Any, Any]:
+        """Load the teacher and make the student.
+
+        Returns:
+            Student and teacher.
+
+        Raises:
+            ValueError: no trained teacher is there, or its layers are not.
+        """
+        if "model" in self._modules:  # done when it was made
+            return self.model, self.teacher
+        student, teacher = self.given
+        path = self.distill_args.student_model_path
+        self.teacher = load_pretrained(self.args.model_args.source) if teacher is None else teacher
+        if student is None:
+            student = self._made_of(self.teacher) if path is None else load_pretrained(path)
+        self.model = student
+        expose_attention(build_terms(self.distill_args, self.model, self.teacher), self.model, self.teacher)
+        return self.model, self.teacher
+
+    def _made_of(self, teacher: Any) -> Any:
+        layers, share = self.distill_args.student_layers, self.distill_args.width_shrinkage
+        student = take_layers(teacher, layers) if layers else copy.deepcopy(teacher)
+        return narrowed(student, share) if share else student
+
+    def prepare_training(self) -> None:
+        """Make the Distiller and check everything on two examples, before the optimizers are made."""
+        super().prepare_training()
+        if self.distiller is not None:
+            return
+        terms = build_terms(self.distill_args, self.model, self.teacher)
+        self.distiller = Distiller(self.model, self.teacher, terms)
+        loader = self.get_train_dataloader(sampler=SequentialSampler, batch_size=2)
+        if loader is not None:
+            device = next(self.model.parameters()).device
+            self.distiller.preflight(self._inputs_to_device(next(iter(loader)), device))
+        self.objective = self.distiller.objective
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        """The weighted sum of all terms, each of which is logged."""
+        self.prepare_training()
+        assert self.distiller is not None
+        output = self.distiller.distil(self._inputs_to_device(batch, device))
+        for name, value in output.terms.items():
+            global_stats.update(f"loss/{name}", float(value), frequent=True)
+        return output.loss
+
+
+class DistillRecipe(Distilling, Recipe):
+    """A recipe that distils: a teacher, layers of it as the student, and data.
+
+    Args:
+        args: See `Recipe`.
+        distill_args: What is distilled.
+        datamodule: Has ``get_train_dataset()`` and ``get_val_dataset()``.
+        teacher: A trained model; by default that of ``args.model_args``.
+        student: By default made of the teacher, or loaded from ``student_model_path``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+        >>> teacher = BertForSequenceClassification(BertConfig(num_hidden_layers=4, **sizes))
+        >>> examples = [{"input_ids": torch.tensor([1, 2]), "labels": torch.tensor(1)}] * 4
+        >>> data = SimpleNamespace(get_train_dataset=lambda: examples, get_val_dataset=lambda: examples)
+        >>> distill = DistillationArguments(student_layers=[0, 3])
+        >>> recipe = DistillRecipe(SimpleNamespace(max_lr=1e-3), distill, data, teacher=teacher)
+        >>> recipe.model.config.num_hidden_layers, recipe.train_step(1, recipe.collate_fun(examples), "cpu").shape
+        (2, torch.Size([]))
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        distill_args: DistillationArguments,
+        datamodule: Any,
+        logger: Any = None,
+        *,
+        teacher: nn.Module | None = None,
+        student: nn.Module | None = None,
+    ) -> None:
+        super().__init__(args, datamodule, logger)
+        self.distill_args = distill_args
+        self.given = student, teacher
+        self.setup_models()
+
+
+def build_distill_module(base: type[ModuleInterface]) -> type[ModuleInterface]:
+    """A module class that distils what another one trains: ``build_distill_module(Base)(distill_args, *args)``.
+
+    Args:
+        base: Has ``args.model_args``, loaders, optimizers and steps of its own; its ``setup_models`` gives way to
+            that of `Distilling`.
+
+    Example:
+        >>> build_distill_module(Recipe).__mro__[1] is Distilling
+        True
+    """
+
+    class DistillHfModule(Distilling, base):  # type: ignore[misc, valid-type]
+        """The module of a task, distilling."""
+
+        def __init__(self, distill_args: DistillationArguments, *module_args: Any) -> None:
+            self.distill_args = distill_args  # first, since the task's own __init__ sets up the models
+            super().__init__(*module_args)
+
+    return DistillHfModule

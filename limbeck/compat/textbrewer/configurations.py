@@ -1,15 +1,16 @@
-"""TextBrewer's two configurations, checked when they are made."""
+"""TextBrewer's configurations, checked when they are made."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from typing_extensions import Self
 
 from limbeck.compat.textbrewer.presets import (
@@ -27,10 +28,9 @@ PAIRED = {"fsp", "gram", "nst", "mmd"}
 """Losses that compare two layers with two."""
 
 
+@dataclass(repr=False)
 class Config:
-    """What both configurations can do: come from a dict or a JSON file, and go back."""
-
-    _written: dict[str, Any]
+    """What all configurations can do: come from a dict or a JSON file, and go back."""
 
     @classmethod
     def from_dict(cls, dict_object: Mapping[str, Any]) -> Self:
@@ -39,7 +39,7 @@ class Config:
         Raises:
             TypeError: an unknown key; the message says the nearest.
         """
-        refuse_unknown(dict_object, inspect.signature(cls).parameters, cls.__name__)
+        refuse_unknown(dict_object, [field.name for field in fields(cls)], cls.__name__)
         return cls(**dict_object)
 
     @classmethod
@@ -47,21 +47,27 @@ class Config:
         """Make it from a JSON file."""
         return cls.from_dict(json.loads(Path(json_filename).read_text()))
 
+    def __post_init__(self) -> None:
+        self._written = dict(vars(self))
+
     def to_dict(self) -> dict[str, Any]:
         """What it was made of, as `from_dict` takes it."""
-        return dict(self._written)
+        matches = self._written.get("intermediate_matches") or ()
+        plain = [match.to_dict() if isinstance(match, Config) else dict(match) for match in matches]
+        return {**self._written, "intermediate_matches": plain} if plain else dict(self._written)
 
     def to_json_file(self, json_filename: str | Path) -> None:
         """Write what `from_json_file` reads."""
         Path(json_filename).write_text(json.dumps(self.to_dict(), indent=1, default=str) + "\n")
 
     def __str__(self) -> str:
-        return "".join(f"{key} : {value}\n" for key, value in vars(self).items() if not key.startswith("_"))
+        return "".join(f"{field.name} : {getattr(self, field.name)}\n" for field in fields(self))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}:\n{self}"
 
 
+@dataclass(repr=False)
 class TrainingConfig(Config):
     """How to train, and what to keep.
 
@@ -88,42 +94,36 @@ class TrainingConfig(Config):
         TypeError: TrainingConfig has no option 'ckpt_frequncy'; did you mean 'ckpt_frequency' ...
     """
 
-    def __init__(
-        self,
-        gradient_accumulation_steps: int = 1,
-        ckpt_frequency: int = 1,
-        ckpt_epoch_frequency: int = 1,
-        ckpt_steps: int | None = None,
-        log_dir: str | Path | None = None,
-        output_dir: str | Path = "./saved_models",
-        device: str | torch.device | None = None,
-        fp16: bool = False,
-        fp16_opt_level: str = "O1",
-        data_parallel: bool = False,
-        local_rank: int = -1,
-        resume: bool = False,
-    ) -> None:
-        self._written = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.ckpt_frequency = ckpt_frequency
-        self.ckpt_epoch_frequency = ckpt_epoch_frequency
-        self.ckpt_steps = None if ckpt_steps is None else int(ckpt_steps)
-        self.log_dir, self.output_dir = log_dir, output_dir
-        self.device = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-        self.fp16, self.fp16_opt_level = fp16, fp16_opt_level
-        self.data_parallel, self.local_rank, self.resume = data_parallel, local_rank, resume
+    gradient_accumulation_steps: int = 1
+    ckpt_frequency: int = 1
+    ckpt_epoch_frequency: int = 1
+    ckpt_steps: int | None = None
+    log_dir: str | Path | None = None
+    output_dir: str | Path = "./saved_models"
+    device: Any = None
+    fp16: bool = False
+    fp16_opt_level: str = "O1"
+    data_parallel: bool = False
+    local_rank: int = -1
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("gradient_accumulation_steps", "ckpt_frequency", "ckpt_epoch_frequency", "ckpt_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.device is None:
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError(
                 f"device is {self.device!r}, and there is no GPU; write device='cpu', or leave it out"
             )
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        Path(self.output_dir).mkdir(parents=True, exist_ok=True)
 
 
-class IntermediateMatch:
+@dataclass(repr=False)
+class IntermediateMatch(Config):
     """One pair of layers, or of two layers each, and how they are compared.
 
     Args:
@@ -138,53 +138,61 @@ class IntermediateMatch:
         ValueError: an unknown name, or layers that do not go with the loss.
     """
 
-    def __init__(
-        self,
-        layer_T: int | Sequence[int],
-        layer_S: int | Sequence[int],
-        weight: float,
-        loss: str,
-        feature: str,
-        proj: Sequence[Any] | None = None,
-    ) -> None:
-        find(loss, MATCH_LOSS_MAP, "match loss")
-        find(feature, dict.fromkeys(FEATURES), "feature")
-        counts = [len(layers) if isinstance(layers, Sequence) else 1 for layers in (layer_S, layer_T)]
-        if counts[0] != counts[1] or (loss in PAIRED and counts[0] != 2):
-            wanted = "two layers of each model" if loss in PAIRED else "as many layers of both models"
-            raise ValueError(f"loss {loss!r} compares {wanted}, got layer_S={layer_S} and layer_T={layer_T}")
-        self.layer_T, self.layer_S = layer_T, layer_S
-        self.feature, self.weight, self.loss = feature, weight, loss
-        self.proj = _checked_projection(proj)
+    layer_T: int | Sequence[int]  # noqa: N815
+    layer_S: int | Sequence[int]  # noqa: N815
+    weight: float
+    loss: str
+    feature: str
+    proj: Sequence[Any] | None = None
 
-    def __repr__(self) -> str:
-        return "\nIntermediateMatch: " + ", ".join(f"{key} : {value}" for key, value in vars(self).items())
-
-    @classmethod
-    def from_dict(cls, dict_object: Mapping[str, Any] | None) -> IntermediateMatch | None:
-        """Make it from a dict; None stays None.
-
-        Raises:
-            TypeError: an unknown key; the message says the nearest.
-        """
-        if dict_object is None:
-            return None
-        refuse_unknown(dict_object, inspect.signature(cls).parameters, "an intermediate match")
-        return cls(**dict_object)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        find(self.loss, MATCH_LOSS_MAP, "match loss")
+        find(self.feature, dict.fromkeys(FEATURES), "feature")
+        counts = {len(several(self.layer_S)), len(several(self.layer_T))}
+        if len(counts) > 1 or (self.loss in PAIRED and counts != {2}):
+            wanted = "two layers of each model" if self.loss in PAIRED else "as many layers of both models"
+            layers = f"layer_S={self.layer_S} and layer_T={self.layer_T}"
+            raise ValueError(f"loss {self.loss!r} compares {wanted}, got {layers}")
+        if self.proj:
+            self.proj = _projection(*self.proj)
 
 
-def _checked_projection(proj: Sequence[Any] | None) -> list[Any] | None:
-    """``[kind, dim_S, dim_T, options]``; the user's own list is left as it is."""
-    if not proj:
-        return None
-    kind, *dims = proj[:3]
-    options = dict(proj[3]) if len(proj) > 3 else {}
+@dataclass(repr=False)
+class CustomMatch(Config):
+    """A match between the outputs of two modules, wherever they stand.
+
+    Args:
+        module_T: The teacher's module, or its path.
+        module_S: The student's.
+        weight: The factor on the loss.
+        loss: A name in `MATCH_LOSS_MAP`, or a function ``(student, teacher, mask_S, mask_T)``, or with one mask.
+        proj_func: What is done to the student's output first; a module trains with the student.
+        proj_group: Options of the optimizer for it.
+    """
+
+    module_T: nn.Module | str  # noqa: N815
+    module_S: nn.Module | str  # noqa: N815
+    weight: float
+    loss: Any
+    proj_func: Any = None
+    proj_group: Mapping[str, Any] | None = None
+
+
+def several(layers: int | Sequence[int]) -> Sequence[int]:
+    """One layer or more as a list."""
+    return layers if isinstance(layers, Sequence) else [layers]
+
+
+def _projection(kind: str, *dims: Any) -> list[Any]:
+    """``[kind, dim_S, dim_T, options]``."""
     find(kind, PROJ_MAP, "projection")
-    if len(dims) != 2 or not all(isinstance(dim, int) for dim in dims):
-        raise ValueError(f"a projection is written [{kind!r}, dim_S, dim_T], got {list(proj)}")
-    return [kind, *dims, options]
+    if len(dims) not in (2, 3) or not all(isinstance(dim, int) for dim in dims[:2]):
+        raise ValueError(f"a projection is written [{kind!r}, dim_S, dim_T], got {[kind, *dims]}")
+    return [kind, *dims[:2], dict(dims[2]) if len(dims) == 3 else {}]
 
 
+@dataclass(repr=False)
 class DistillationConfig(Config):
     """What is to be learned: the loss of the logits, that of the labels, and matches between layers.
 
@@ -210,54 +218,31 @@ class DistillationConfig(Config):
         ['flsw', 1, 2]
     """
 
-    def __init__(
-        self,
-        temperature: float = 4,
-        temperature_scheduler: Any = "none",
-        hard_label_weight: float = 0,
-        hard_label_weight_scheduler: Any = "none",
-        kd_loss_type: str = "ce",
-        kd_loss_weight: float = 1,
-        kd_loss_weight_scheduler: Any = "none",
-        probability_shift: bool = False,
-        intermediate_matches: Sequence[Mapping[str, Any] | IntermediateMatch] | None = None,
-        is_caching_logits: bool = False,
-        correct: bool = False,
-    ) -> None:
-        self._written = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        if intermediate_matches is not None:
-            self._written["intermediate_matches"] = [
-                vars(match) if isinstance(match, IntermediateMatch) else dict(match)
-                for match in intermediate_matches
-            ]
-        self.temperature = temperature
-        self.temperature_scheduler = _chosen(temperature_scheduler, TEMPERATURE_SCHEDULER, "temperature_scheduler")
-        self.hard_label_weight = hard_label_weight
-        self.hard_label_weight_scheduler = _chosen(
-            hard_label_weight_scheduler, WEIGHT_SCHEDULER, "hard_label_weight_scheduler"
-        )
-        find(kd_loss_type, KD_LOSS_MAP, "kd_loss_type")
-        self.kd_loss_type, self.kd_loss_weight = kd_loss_type, kd_loss_weight
-        self.kd_loss_weight_scheduler = _chosen(
-            kd_loss_weight_scheduler, WEIGHT_SCHEDULER, "kd_loss_weight_scheduler"
-        )
-        self.probability_shift = probability_shift
-        self.intermediate_matches = [_match(match) for match in intermediate_matches or ()]
-        self.is_caching_logits, self.correct = is_caching_logits, correct
-        if not temperature > 0:
-            raise ValueError(f"a temperature must be positive, got {temperature}")
+    temperature: float = 4
+    temperature_scheduler: Any = "none"
+    hard_label_weight: float = 0
+    hard_label_weight_scheduler: Any = "none"
+    kd_loss_type: str = "ce"
+    kd_loss_weight: float = 1
+    kd_loss_weight_scheduler: Any = "none"
+    probability_shift: bool = False
+    intermediate_matches: Sequence[Any] | None = None
+    is_caching_logits: bool = False
+    correct: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise ValueError(f"a temperature must be positive, got {self.temperature}")
+        find(self.kd_loss_type, KD_LOSS_MAP, "kd_loss_type")
         for name in ("hard_label_weight", "kd_loss_weight"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number from 0 on, got {getattr(self, name)}")
-
-
-def _chosen(name: Any, table: Mapping[Any, Any], what: str) -> Any:
-    return None if name is None or name == "none" else find(name, table, what)
-
-
-def _match(match: Mapping[str, Any] | IntermediateMatch) -> IntermediateMatch:
-    if isinstance(match, IntermediateMatch):
-        return match
-    made = IntermediateMatch.from_dict(match)
-    assert made is not None
-    return made
+        for name in ("temperature_scheduler", "hard_label_weight_scheduler", "kd_loss_weight_scheduler"):
+            table = TEMPERATURE_SCHEDULER if name == "temperature_scheduler" else WEIGHT_SCHEDULER
+            chosen = getattr(self, name)
+            setattr(self, name, None if chosen in (None, "none") else find(chosen, table, name))
+        self.intermediate_matches = [
+            match if isinstance(match, IntermediateMatch) else IntermediateMatch.from_dict(match)
+            for match in self.intermediate_matches or ()
+        ]

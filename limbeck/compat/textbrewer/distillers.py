@@ -10,27 +10,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.compat.textbrewer.configurations import DistillationConfig, IntermediateMatch, TrainingConfig
-from limbeck.compat.textbrewer.distiller_utils import (
+from limbeck.compat.textbrewer.configurations import (
     CustomMatch,
+    DistillationConfig,
+    IntermediateMatch,
+    TrainingConfig,
+    several,
+)
+from limbeck.compat.textbrewer.distiller_utils import (
     auto_forward,
     get_outputs_from_batch,
     logits_of,
     move_to_device,
-    path_of,
     post_adaptor,
     probability_shift_,
 )
 from limbeck.compat.textbrewer.losses import CORRECT
-from limbeck.compat.textbrewer.memory import Memory, several
-from limbeck.compat.textbrewer.presets import KD_LOSS_MAP, MATCH_LOSS_MAP, PROJ_MAP
-from limbeck.compat.textbrewer.training import TaskBatches, Trains
+from limbeck.compat.textbrewer.presets import KD_LOSS_MAP, MATCH_LOSS_MAP, PROJ_MAP, find
+from limbeck.compat.textbrewer.training import Trains, in_either_order
 from limbeck.losses.base import full_precision
-from limbeck.taps import Recorder, resolve
-from limbeck.teachers.module import record
+from limbeck.teachers.remembered import Remembered
+from limbeck.teachers.watched import Watched
+from limbeck.train.loaders import MixedLoaders
 from limbeck.types import TEACHER_CACHE
 
 Adaptor = Callable[[Any, Any], Mapping[str, Any]]
+Results = Mapping[str, Any]
+"""What an adaptor gives."""
 
 
 class AbstractDistiller(Trains):
@@ -57,19 +63,18 @@ class AbstractDistiller(Trains):
         adaptor_T: Any,
         adaptor_S: Any,
     ) -> None:
-        super().__init__()
-        self.t_config, self.d_config = train_config, copy.copy(distill_config)
-        self.model_T, self.model_S = model_T, model_S
+        super().__init__(train_config, model_T, model_S)
+        self.d_config, self._given = copy.copy(distill_config), distill_config
         self.adaptor_T, self.adaptor_S = adaptor_T, adaptor_S
-        self.device: Any = train_config.device
         self.kd_loss = self._as_configured(KD_LOSS_MAP[distill_config.kd_loss_type])
-        projections = [match.proj for match in self._matches()]
+        self._matches: list[IntermediateMatch] = list(distill_config.intermediate_matches or ())
+        if self._matches and not self.reads_layers:
+            warnings.warn(f"{type(self).__name__} compares no layers; use GeneralDistiller", stacklevel=3)
+            self._matches = []
+        projections = [match.proj for match in self._matches]
         self.projs = [None if proj is None else PROJ_MAP[proj[0]](*proj[1:3]) for proj in projections]
         self.projs_group = [None if proj is None else proj[3] for proj in projections]
-        self._given = distill_config
-        self._memories: dict[str | None, Memory] = {}
-        if distill_config.intermediate_matches and not self.reads_layers:
-            warnings.warn(f"{type(self).__name__} compares no layers; use GeneralDistiller", stacklevel=3)
+        self._memories: dict[str | None, Remembered] = {}
 
     def train_on_batch(self, batch: Any, args: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The loss of a batch, and what it is made of.
@@ -78,11 +83,9 @@ class AbstractDistiller(Trains):
             batch: The batch.
             args: What the models are called with beside it.
         """
-        return self._learn(batch, args, None, self.model_T, self.adaptor_T, self.adaptor_S)
+        return self._distil(batch, args, None, self.model_T, self.adaptor_T, self.adaptor_S)
 
-    def compute_loss(
-        self, results_S: Mapping[str, Any], results_T: Mapping[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
+    def compute_loss(self, results_S: Results, results_T: Results) -> tuple[Any, dict[str, Any]]:
         """The weighted sum of all losses, and each of them without its weight.
 
         Args:
@@ -91,45 +94,24 @@ class AbstractDistiller(Trains):
         """
         total: Any = 0
         parts: dict[str, Any] = {}
-        with torch.autocast(torch.device(self.device).type, enabled=False):
-            if "logits" in results_S and "logits" in results_T:
-                parts["unweighted_kd_loss"] = sum(self._of_logits(*own) for own in logits_of(results_S, results_T))
-                total = total + parts["unweighted_kd_loss"] * self.d_config.kd_loss_weight
+        with torch.autocast(torch.device(self.t_config.device).type, enabled=False):
             for name, weight, value in self.match(results_S, results_T):
                 parts[f"unweighted_{name}"] = value
                 total = total + value * weight
-            if "losses" in results_S:
-                parts["unweighted_hard_label_loss"] = sum(loss.mean() for loss in results_S["losses"])
-                total = total + parts["unweighted_hard_label_loss"] * self.d_config.hard_label_weight
         return total, parts
 
-    def match(
-        self, results_S: Mapping[str, Any], results_T: Mapping[str, Any]
-    ) -> Iterator[tuple[str, float, Tensor]]:
-        """Name, weight and value of each loss between layers."""
-        for match, project in zip(self._matches(), self.projs, strict=False):  # a user's own may have others
-            value = self._of_layers(match, project, results_S, results_T)
-            names = ("-".join(map(str, several(layers))) for layers in (match.layer_S, match.layer_T))
-            yield f"{match.feature}_{match.loss}_{'_'.join(names)}", match.weight, value
-
-    def _of_layers(
-        self,
-        match: IntermediateMatch,
-        project: nn.Module | None,
-        results_S: Mapping[str, Any],
-        results_T: Mapping[str, Any],
-    ) -> Tensor:
-        """The loss between one layer and one, or between two and two."""
-        read = {"student": (results_S, match.layer_S), "teacher": (results_T, match.layer_T)}
-        sides = {name: layers_of(*what, match, name) for name, what in read.items()}
-        if project is not None:
-            sides["student"] = [project(full_precision(state)) for state in sides["student"]]
-        loss = self._as_configured(MATCH_LOSS_MAP[match.loss])
-        is_one = not isinstance(match.layer_S, Sequence)
-        value: Tensor = loss(
-            *(side[0] if is_one else side for side in sides.values()), mask=results_S.get("inputs_mask")
-        )
-        return value
+    def match(self, results_S: Results, results_T: Results) -> Iterator[tuple[str, float, Any]]:
+        """Name, weight and value of each loss."""
+        if "logits" in results_S and "logits" in results_T:
+            value = sum(self._of_logits(*pair) for pair in logits_of(results_S, results_T))
+            yield "kd_loss", self.d_config.kd_loss_weight, value
+        for match, project in zip(self._matches, self.projs, strict=False):  # a user's own may have others
+            layers = ("-".join(map(str, several(layer))) for layer in (match.layer_S, match.layer_T))
+            name = f"{match.feature}_{match.loss}_{'_'.join(layers)}"
+            yield name, match.weight, self._of_layers(match, project, results_S, results_T)
+        if "losses" in results_S:
+            value = sum(loss.mean() for loss in results_S["losses"])
+            yield "hard_label_loss", self.d_config.hard_label_weight, value
 
     def _of_logits(self, logits_S: Tensor, logits_T: Tensor, labels: Tensor | None) -> Tensor:
         """The loss of one pair of logits (N, C)."""
@@ -146,39 +128,46 @@ class AbstractDistiller(Trains):
         loss: Tensor = self.kd_loss(logits_S, logits_T, temperature)
         return loss
 
-    def _as_configured(self, loss: Callable[..., Any]) -> Callable[..., Any]:
-        return CORRECT.get(loss, loss) if self.d_config.correct else loss
+    def _of_layers(
+        self, match: IntermediateMatch, project: nn.Module | None, results_S: Results, results_T: Results
+    ) -> Any:
+        """The loss between one layer and one, or between two and two."""
+        ours = _layers_of(results_S, match.layer_S, match, "student")
+        theirs = _layers_of(results_T, match.layer_T, match, "teacher")
+        if project is not None:
+            ours = [project(full_precision(state)) for state in ours]
+        sides = (ours, theirs) if isinstance(match.layer_S, Sequence) else (ours[0], theirs[0])
+        return self._as_configured(MATCH_LOSS_MAP[match.loss])(*sides, mask=results_S.get("inputs_mask"))
 
-    def _learn(
-        self,
-        batch: Any,
-        args: Mapping[str, Any],
-        task: str | None,
-        model_T: Any,
-        adaptor_T: Any,
-        adaptor_S: Adaptor,
+    def _as_configured(self, loss: Callable[..., Any]) -> Callable[..., Any]:
+        return CORRECT.get(loss, loss) if self._given.correct else loss
+
+    def _distil(
+        self, batch: Any, args: Mapping[str, Any], task: str | None, model_T: Any, adaptor_T: Any, adaptor_S: Any
     ) -> tuple[Any, dict[str, Any]]:
-        batch = move_to_device(batch, self.device)
         brings_along = isinstance(batch, Mapping) and TEACHER_CACHE in batch
         remembers = self.d_config.is_caching_logits and not brings_along
-        (batch_T, outputs_T), (batch_S, outputs_S) = self._run(batch, args, model_T, no_teacher_forward=remembers)
+        (batch_T, outputs_T), (batch_S, outputs_S) = self._outputs(batch, args, model_T, remembers)
         results_S = post_adaptor(adaptor_S(batch_S, outputs_S))
         if not remembers:
             return self.compute_loss(results_S, self._adapt(adaptor_T, batch_T, outputs_T))
         if task not in self._memories:
-            self._memories[task] = Memory(
-                lambda own: self._adapt(adaptor_T, own, auto_forward(model_T, own, args)), self._matches()
+            self._memories[task] = Remembered(
+                lambda own: self._flat(self._adapt(adaptor_T, own, auto_forward(model_T, own, args)))
             )
-        return self.compute_loss(results_S, self._memories[task].results(batch_T))
+        return self.compute_loss(results_S, _nested(self._memories[task](batch_T)))
 
-    def _run(self, batch: Any, args: Mapping[str, Any], model_T: Any, no_teacher_forward: bool) -> Any:
-        return get_outputs_from_batch(batch, self.device, model_T, self.model_S, args, no_teacher_forward)
+    def _flat(self, results: Results) -> dict[str, Tensor]:
+        """What is learned of a teacher's results, by names such as ``"logits.0"`` and ``"hidden.4"``."""
+        places = [("logits", place) for place in range(len(results.get("logits", ())))]
+        places += [(match.feature, layer) for match in self._matches for layer in several(match.layer_T)]
+        return {f"{kind}.{place}": results[kind][place] for kind, place in places}
+
+    def _outputs(self, batch: Any, args: Mapping[str, Any], model_T: Any, without_teacher: bool) -> Any:
+        return get_outputs_from_batch(batch, self.t_config.device, model_T, self.model_S, args, without_teacher)
 
     def _adapt(self, adaptor: Any, batch: Any, outputs: Any) -> dict[str, Any]:
         return post_adaptor(adaptor(batch, outputs))
-
-    def _matches(self) -> list[IntermediateMatch]:
-        return self.d_config.intermediate_matches if self.reads_layers else []
 
     def _groups(self) -> list[tuple[nn.Module, Mapping[str, Any]]]:
         both = zip(self.projs, self.projs_group, strict=True)
@@ -209,6 +198,9 @@ class GeneralDistiller(AbstractDistiller):
         adaptor_T: Names what the teacher returns.
         adaptor_S: Names what the student returns.
         custom_matches: Matches between modules, wherever they stand.
+
+    Raises:
+        ValueError: a module to match that is no part of its model, or ``is_caching_logits`` with such matches.
     """
 
     reads_layers = True
@@ -221,49 +213,36 @@ class GeneralDistiller(AbstractDistiller):
         model_S: nn.Module,
         adaptor_T: Any,
         adaptor_S: Any,
-        custom_matches: Sequence[CustomMatch | Mapping[str, Any]] | None = None,
+        custom_matches: Sequence[CustomMatch | Mapping[str, Any]] = (),
     ) -> None:
         super().__init__(train_config, distill_config, model_T, model_S, adaptor_T, adaptor_S)
         given = custom_matches or ()
         self._custom = [m if isinstance(m, CustomMatch) else CustomMatch.from_dict(m) for m in given]
-        self._paths = [(path_of(model_S, m.module_S), path_of(model_T, m.module_T)) for m in self._custom]
-        self._recorders = [
-            Recorder(model, resolve(model, [pair[side] for pair in self._paths]))
-            for side, model in enumerate((model_S, model_T))
-            if self._custom
-        ]
-        self._seen: list[Mapping[str, Tensor]] = []
-        if self._custom and self.d_config.is_caching_logits:
+        if self._custom and distill_config.is_caching_logits:
             raise ValueError("custom_matches read the teacher's modules, which must run; drop is_caching_logits")
+        self._watched = {
+            "student": Watched(model_S, [match.module_S for match in self._custom]),
+            "teacher": Watched(model_T, [match.module_T for match in self._custom]),
+        }
 
-    def match(
-        self, results_S: Mapping[str, Any], results_T: Mapping[str, Any]
-    ) -> Iterator[tuple[str, float, Tensor]]:
-        """Name, weight and value of each match, custom ones last."""
+    def match(self, results_S: Results, results_T: Results) -> Iterator[tuple[str, float, Any]]:
+        """Name, weight and value of each loss, those of custom matches last."""
         yield from super().match(results_S, results_T)
         masks = results_S.get("inputs_mask"), results_T.get("inputs_mask")
-        for number, (custom, (ours, theirs)) in enumerate(zip(self._custom, self._paths, strict=True)):
-            read = full_precision(self._seen[0][ours]), full_precision(self._seen[1][theirs].detach())
-            value = custom.value(*read, *masks)
-            yield f"custom_{number}", custom.weight, value
+        for number, match in enumerate(self._custom):
+            ours, theirs = (full_precision(side.seen[number]) for side in self._watched.values())
+            ours = ours if match.proj_func is None else match.proj_func(ours)
+            if isinstance(match.loss, str):
+                value = find(match.loss, MATCH_LOSS_MAP, "match loss")(ours, theirs, mask=masks[0])
+            else:
+                value = match.loss(ours, theirs, *masks)
+            yield f"custom_{number}", match.weight, value
 
-    def _run(self, batch: Any, args: Mapping[str, Any], model_T: Any, no_teacher_forward: bool) -> Any:
+    def _outputs(self, batch: Any, args: Mapping[str, Any], model_T: Any, without_teacher: bool) -> Any:
         if not self._custom:
-            return super()._run(batch, args, model_T, no_teacher_forward)
-        seen: dict[int, Mapping[str, Tensor]] = {}
-
-        def watched(side: int, model: Any) -> Callable[..., Any]:
-            def call(*inputs: Any, **named: Any) -> Any:
-                output, seen[side] = record(
-                    self._recorders[side], lambda **extra: model(*inputs, **named, **extra)
-                )
-                return output
-
-            return call
-
-        run = get_outputs_from_batch(batch, self.device, watched(1, model_T), watched(0, self.model_S), args)
-        self._seen = [seen[0], seen[1]]
-        return run
+            return super()._outputs(batch, args, model_T, without_teacher)
+        student, teacher = self._watched.values()
+        return get_outputs_from_batch(batch, self.t_config.device, teacher, student, args)
 
     def _groups(self) -> list[tuple[nn.Module, Mapping[str, Any]]]:
         own = [(m.proj_func, m.proj_group or {}) for m in self._custom if isinstance(m.proj_func, nn.Module)]
@@ -289,21 +268,8 @@ class MultiTaskDistiller(AbstractDistiller):
 
     reads_layers = True
 
-    def __init__(
-        self,
-        train_config: TrainingConfig,
-        distill_config: DistillationConfig,
-        model_T: Mapping[str, nn.Module],
-        model_S: nn.Module,
-        adaptor_T: Mapping[str, Adaptor],
-        adaptor_S: Mapping[str, Adaptor],
-    ) -> None:
-        super().__init__(train_config, distill_config, model_T, model_S, adaptor_T, adaptor_S)
-        for what, given in (("adaptor_T", adaptor_T), ("adaptor_S", adaptor_S)):
-            if set(given) != set(model_T):
-                raise ValueError(f"model_T has the tasks {sorted(model_T)} and {what} has {sorted(given)}")
-
-    def train(  # type: ignore[override]  # its second argument is the data of all tasks
+    @in_either_order
+    def train(  # its second argument is the data of all tasks
         self,
         optimizer: torch.optim.Optimizer,
         dataloaders: Mapping[str, Iterable[Any]],
@@ -333,29 +299,29 @@ class MultiTaskDistiller(AbstractDistiller):
             **args: What the models are called with beside the batch.
 
         Raises:
-            ValueError: data for other tasks than there are teachers.
+            ValueError: tasks with data that lack a teacher or an adaptor.
         """
-        if not set(dataloaders) <= set(self.model_T):
-            raise ValueError(f"there are teachers for {sorted(self.model_T)} and data for {sorted(dataloaders)}")
+        for name in ("model_T", "adaptor_T", "adaptor_S"):
+            if not set(dataloaders) <= set(getattr(self, name)):
+                has, data = sorted(getattr(self, name)), sorted(dataloaders)
+                raise ValueError(f"{name} has the tasks {has}, and there is data for {data}")
         count = int(num_steps) * self.t_config.gradient_accumulation_steps
-        loader = TaskBatches(dataloaders, tau, count, batch_postprocessors)
         super().train(
             optimizer,
-            loader,
-            None,
-            scheduler_class,
-            scheduler_args,
-            scheduler,
-            max_grad_norm,
-            num_steps,
-            callback,
+            MixedLoaders(dataloaders, tau, count, batch_postprocessors),
+            scheduler_class=scheduler_class,
+            scheduler_args=scheduler_args,
+            scheduler=scheduler,
+            max_grad_norm=max_grad_norm,
+            num_steps=num_steps,
+            callback=callback,
             **args,
         )
 
     def train_on_batch(self, batch: Any, args: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The loss of ``(batch, task)``, and what it is made of."""
         batch, task = batch
-        return self._learn(batch, args, task, self.model_T[task], self.adaptor_T[task], self.adaptor_S[task])
+        return self._distil(batch, args, task, self.model_T[task], self.adaptor_T[task], self.adaptor_S[task])
 
 
 class BasicTrainer(Trains):
@@ -368,9 +334,8 @@ class BasicTrainer(Trains):
     """
 
     def __init__(self, train_config: TrainingConfig, model: nn.Module, adaptor: Adaptor) -> None:
-        super().__init__()
-        self.t_config, self.model, self.adaptor = train_config, model, adaptor
-        self.model_S, self.model_T = model, ()
+        super().__init__(train_config, [], model)
+        self.model, self.adaptor = model, adaptor
 
     def train_on_batch(self, batch: Any, args: Mapping[str, Any]) -> Any:
         """The loss of a batch.
@@ -379,13 +344,22 @@ class BasicTrainer(Trains):
             ValueError: the adaptor gives no ``losses``.
         """
         batch = move_to_device(batch, self.t_config.device)
-        results = post_adaptor(self.adaptor(batch, auto_forward(self.model, batch, args)))
+        results = post_adaptor(self.adaptor(batch, auto_forward(self.model_S, batch, args)))
         if "losses" not in results:
             raise ValueError(f"the adaptor gave no 'losses', only {sorted(results)}; there is nothing to train by")
         return sum(loss.mean() for loss in results["losses"])
 
 
-def layers_of(results: Mapping[str, Any], layers: Any, match: IntermediateMatch, model: str) -> list[Tensor]:
+def _nested(flat: Mapping[str, Tensor]) -> Results:
+    """Put what `AbstractDistiller._flat` took apart together again; layers are found by their numbers."""
+    found: dict[str, dict[int, Tensor]] = {}
+    for name, value in flat.items():
+        kind, place = name.split(".")
+        found.setdefault(kind, {})[int(place)] = value
+    return {kind: list(values.values()) if kind == "logits" else values for kind, values in found.items()}
+
+
+def _layers_of(results: Results, layers: Any, match: IntermediateMatch, model: str) -> list[Tensor]:
     """The layers of one model that a match reads.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -31,56 +31,15 @@ def projection_with_activation(act_fn: str) -> Projection:
         >>> projection_with_activation("Tanh")(2, 3)[1]
         Tanh()
     """
-
-    def projection(dim_in: int, dim_out: int) -> nn.Module:
-        activation: Callable[[], nn.Module] = getattr(nn, act_fn)
-        return nn.Sequential(linear_projection(dim_in, dim_out), activation())
-
-    return projection
+    activation: Callable[[], nn.Module] = getattr(nn, act_fn)
+    return lambda dim_in, dim_out: nn.Sequential(linear_projection(dim_in, dim_out), activation())
 
 
-class DynamicKeyDict(MutableMapping[Any, Any]):
-    """A table whose entries with options are asked for by ``[name, *options]`` or ``[name, {option: value}]``.
-
-    Example:
-        >>> DynamicKeyDict({"power": lambda base, to=2: base**to})[["power", 3, 3]]
-        27
-    """
-
-    def __init__(self, kv_dict: dict[str, Any]) -> None:
-        self.store = kv_dict
-
-    def __getitem__(self, key: Any) -> Any:
-        if not isinstance(key, (list, tuple)):
-            return self.store[key]
-        name, *options = key
-        if len(options) == 1 and isinstance(options[0], Mapping):
-            return self.store[name](**options[0])
-        return self.store[name](*options) if options else self.store[name]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self.store[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        del self.store[key]
-
-    def __contains__(self, key: object) -> bool:
-        return (key[0] if isinstance(key, (list, tuple)) else key) in self.store
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.store)
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-
-TEMPERATURE_SCHEDULER = DynamicKeyDict(
-    {
-        "constant": schedulers.constant_temperature_scheduler,
-        "flsw": schedulers.flsw_temperature_scheduler_builder,
-        "cwsm": schedulers.cwsm_temperature_scheduler_builder,
-    }
-)
+TEMPERATURE_SCHEDULER: dict[str, Callable[..., Any]] = {
+    "constant": schedulers.constant_temperature_scheduler,
+    "flsw": schedulers.flsw_temperature_scheduler_builder,
+    "cwsm": schedulers.cwsm_temperature_scheduler_builder,
+}
 KD_LOSS_MAP: dict[str, Callable[..., Any]] = {"mse": losses.kd_mse_loss, "ce": losses.kd_ce_loss}
 MATCH_LOSS_MAP: dict[str, Callable[..., Any]] = {
     "attention_mse_sum": losses.att_mse_sum_loss,
@@ -104,7 +63,7 @@ WEIGHT_SCHEDULER: dict[str, Callable[[float], float]] = {
     "linear_decay": schedulers.linear_decay_weight_scheduler,
     "linear_growth": schedulers.linear_growth_weight_scheduler,
 }
-MAPS: dict[str, MutableMapping[str, Any]] = {
+MAPS: dict[str, dict[str, Any]] = {
     "kd_loss": KD_LOSS_MAP,
     "match_Loss": MATCH_LOSS_MAP,
     "projection": PROJ_MAP,
@@ -132,18 +91,22 @@ def register_new(map_name: str, name: str, func: Callable[..., Any]) -> None:
     table[name] = func
 
 
-def find(name: Any, table: Mapping[Any, Any], what: str) -> Any:
-    """An entry of a table.
+def find(entry: Any, table: Mapping[str, Any], what: str) -> Any:
+    """An entry of a table: by its name, or as ``[name, *options]`` or ``[name, {option: value}]`` made of them.
 
     Raises:
         ValueError: there is none of this name; the message says the nearest.
 
     Example:
+        >>> find(["power", 3, 3], {"power": lambda base, to: base**to}, "function")
+        27
         >>> find("hiden_mse", MATCH_LOSS_MAP, "match loss")
         Traceback (most recent call last):
         ValueError: unknown match loss 'hiden_mse'; did you mean 'hidden_mse'?
     """
+    name, *options = entry if isinstance(entry, (list, tuple)) else [entry]
     if name not in table:
-        plain = name[0] if isinstance(name, (list, tuple)) and name else name
-        raise ValueError(f"unknown {what} {plain!r}; {nearest(str(plain), map(str, table))}")
-    return table[name]
+        raise ValueError(f"unknown {what} {name!r}; {nearest(str(name), table)}")
+    if len(options) == 1 and isinstance(options[0], Mapping):
+        return table[name](**options[0])
+    return table[name](*options) if options else table[name]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
 
 from limbeck.compat.modelopt.config import ConfigError
 from limbeck.compat.modelopt.distillation_model import DistillationModel
@@ -120,7 +121,7 @@ class KDTrainer(DistillationTrainer):
         output = self.distiller.distil(inputs)
         if not model.training and output.logits is not None and LABELS in inputs:
             self._of_labels.append(_sums(output.logits, inputs[LABELS]))
-        return (output.loss, {"loss": output.loss, "logits": output.logits}) if return_outputs else output.loss
+        return (output.loss, CausalLMOutput(output.loss, output.logits)) if return_outputs else output.loss
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """An evaluation, with the labels' loss beside the other."""

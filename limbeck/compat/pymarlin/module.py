@@ -5,9 +5,11 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
+
+from limbeck.distiller import Distiller
 
 
 class Stage(enum.Enum):
@@ -16,6 +18,67 @@ class Stage(enum.Enum):
     TRAIN = 1
     VAL = 2
     TEST = 3
+
+
+class DataProcessor(ABC):
+    """One task of preparing data; override `process`.
+
+    Example:
+        >>> class Doubled(DataProcessor):
+        ...     def process(self, numbers):
+        ...         return [2 * n for n in numbers]
+        >>> Doubled().process_data([1, 2])
+        [2, 4]
+    """
+
+    @abstractmethod
+    def process(self, *args: Any) -> Any:
+        """Prepare the data."""
+
+    def analyze(self) -> Any:
+        """Look at what was prepared; called after `process`."""
+        return None
+
+    def process_data(self, *args: Any) -> Any:
+        """Call `process`, then `analyze`, and give back what was prepared."""
+        found = self.process(*args)
+        self.analyze()
+        return found
+
+    def multi_process_data(self, *args: Any, process_count: int = 1) -> Any:
+        """Not here.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "multi_process_data is not supported; call process_data, or process in a pool of your own"
+        )
+
+
+class DataInterface(ABC):
+    """Hands out the data sets; they are asked for in every epoch, so prepare them before.
+
+    Example:
+        >>> class Numbers(DataInterface):
+        ...     def get_train_dataset(self):
+        ...         return [1, 2]
+        ...     def get_val_dataset(self):
+        ...         return [3]
+        >>> Numbers().get_train_dataset()
+        [1, 2]
+    """
+
+    def setup_datasets(self) -> None:  # noqa: B027  (there may be nothing to prepare)
+        """Prepare the data sets."""
+
+    @abstractmethod
+    def get_train_dataset(self, *args: Any, **kwargs: Any) -> Any:
+        """The data to train on."""
+
+    @abstractmethod
+    def get_val_dataset(self, *args: Any, **kwargs: Any) -> Any:
+        """The data to validate on."""
 
 
 class CallbackInterface:
@@ -43,8 +106,8 @@ class CallbackInterface:
 class ModuleInterface(nn.Module, CallbackInterface, ABC):
     """All that a `Trainer` needs to know of a scenario.
 
-    A module that is assigned to ``self.teacher`` stays outside of the module tree: it is moved with the rest, and
-    it is in no checkpoint, no optimizer over ``self.parameters()`` and no clipping. A trainer freezes it.
+    What is assigned to ``self.teacher`` stays outside of the module tree: it is moved with the rest, and it is in
+    no checkpoint, no optimizer over ``self.parameters()`` and no clipping. A trainer freezes it.
 
     Example:
         >>> class Frozen(ModuleInterface):
@@ -59,10 +122,8 @@ class ModuleInterface(nn.Module, CallbackInterface, ABC):
         (0, torch.Size([2, 2]))
     """
 
-    OUTSIDE: ClassVar[tuple[str, ...]] = ("teacher",)
-    """Attributes whose modules are no part of this one."""
-
     teacher: nn.Module | None = None
+    distiller: Distiller | None = None
 
     @abstractmethod
     def get_optimizers_schedulers(
@@ -95,35 +156,16 @@ class ModuleInterface(nn.Module, CallbackInterface, ABC):
         return None
 
     def forward(self, stage: Stage, global_step: int, batch: Any, device: Any) -> Any:
-        """The step of a stage.
-
-        Raises:
-            AttributeError: there is no such stage.
-        """
+        """The step of a stage."""
         steps = {Stage.TRAIN: self.train_step, Stage.VAL: self.val_step, Stage.TEST: self.test_step}
-        if stage not in steps:
-            raise AttributeError(f"unknown stage {stage!r}; known: {', '.join(map(str, Stage))}")
-        return steps[stage](batch=batch, device=device, global_step=global_step)
+        return steps[Stage(stage)](batch=batch, device=device, global_step=global_step)
 
     def get_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this module: nested dicts and lists of tensors, numbers and text."""
+        """What a checkpoint keeps of this module; it is not called, and a trainer refuses another one."""
         return self.state_dict()
 
-    def update_state(self, state: Mapping[str, Any]) -> None:
-        """Take up what `get_state` gave."""
-        if state:
-            self.load_state_dict(state)
-
     def prepare_training(self) -> None:
-        """Called by a trainer on the device, before it asks for the optimizers."""
-        self.freeze_teacher()
-
-    def must_train(self) -> Iterable[nn.Parameter]:
-        """Parameters that a trainer refuses to leave out of the optimizers."""
-        return ()
-
-    def freeze_teacher(self) -> None:
-        """Let nothing train the teacher, and no dropout disturb it; a trainer calls this before each epoch."""
+        """Called by a trainer on the device, before it asks for the optimizers, and before each epoch."""
         if self.teacher is not None:
             self.teacher.requires_grad_(False).eval()
 
@@ -132,7 +174,7 @@ class ModuleInterface(nn.Module, CallbackInterface, ABC):
         return {name: value.to(device) for name, value in batch.items() if value is not None}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.OUTSIDE:
+        if name in ("teacher", "distiller"):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)

@@ -1,1 +1,0 @@
-"""The module names of ``pymarlin.utils.logger``."""
