@@ -114,7 +114,9 @@ def distill(
     teacher: Annotated[
         str | None, typer.Option(help="Folder, hub id, package.module:function, or cache:DIR.")
     ] = None,
-    student: Annotated[str | None, typer.Option(help="layers:1,3,5 of the teacher, or a model.")] = None,
+    student: Annotated[
+        str | None, typer.Option(help="layers:1,3,5 or shrink:0.5 of the teacher, or a model.")
+    ] = None,
     cache: Annotated[
         str | None, typer.Option(help="Where what the teacher says is remembered: off, memory or a folder.")
     ] = None,

@@ -19,7 +19,6 @@ from limbeck.encodings import Encoded
 from limbeck.pretrained import UNREADABLE, first_line, quiet_transformers
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.registry import check_options, import_object
-from limbeck.students.depth import take_layers
 from limbeck.tasks import Loaded, Task
 from limbeck.tasks.networks import named_network
 from limbeck.tasks.pictures import PictureTask
@@ -71,17 +70,17 @@ def is_function(source: str) -> bool:
 
 
 def make_student(spec: StudentSpec, task: Task, teacher: Loaded, seed: int) -> Loaded:
-    """Make the student: layers of the teacher, or a model of its own. The same seed gives the same start.
+    """Make the student: of the teacher, or a model of its own. The same seed gives the same start.
 
     Its processor is the very object that the teacher has, unless its tokenizer knows other tokens.
 
     Raises:
-        ValueError: no such layers, nothing to load, or a student that reads other images than its teacher.
+        TypeError: a teacher or a change of its config from which no student can be made.
+        ValueError: no such layers or sizes, nothing to load, or a student that reads other images than its
+            teacher.
     """
-    if spec.layers is not None:
-        student = take_layers(teacher.model, spec.layers, spec.path).requires_grad_(True)
-        return Loaded(student, teacher.processor, head_is_trained=False)
-    assert spec.model is not None
+    if spec.model is None:
+        return Loaded(spec.made_of(teacher.model, seed), teacher.processor, head_is_trained=False)
     loaded = load_model(task, spec.model, spec.options, seed, teacher.processor)
     _check_same_images(loaded.processor, teacher.processor, spec.model)
     if _vocabulary(loaded.processor) == _vocabulary(teacher.processor):

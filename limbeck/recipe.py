@@ -5,7 +5,6 @@ A recipe knows how to build its parts, the terms and the student; `limbeck.run` 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +14,8 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 
 from limbeck.matching import regex_pairs
 from limbeck.strict import Several, Strict, explain
+from limbeck.students.spec import StudentSpec as StudentSpec
+from limbeck.students.spec import refuse_options
 from limbeck.tasks import TaskOptions
 from limbeck.terms import FOUND, Term, check_term_options, layer_pairs, share_of, spread
 from limbeck.train import Settings
@@ -51,7 +52,7 @@ class TeacherSpec(Strict):
 
     @model_validator(mode="after")
     def _options_have_a_taker(self) -> TeacherSpec:
-        _refuse_options(self.model, self.options)
+        refuse_options(self.model, self.options)
         if self.model.startswith("cache:") and self.ways():
             raise ValueError(
                 f"{', '.join(self.ways())} say how a teacher runs, and a cache does not run; drop them"
@@ -62,48 +63,6 @@ class TeacherSpec(Strict):
         """How it is run when it teaches, as `limbeck.teachers.ModuleTeacher` takes it; nothing by default."""
         chosen = {"device": self.device, "dtype": self.dtype, "int8": self.int8, "compile": self.compile}
         return {name: value for name, value in chosen.items() if value}
-
-
-def _refuse_options(model: str | None, options: Mapping[str, Any]) -> None:
-    """Options are for functions; a folder or hub id takes none."""
-    if options and (model is None or ":" not in model or model.startswith("cache:")):
-        raise ValueError(f"options {sorted(options)} are for a package.module:function; drop them")
-
-
-class StudentSpec(Strict):
-    """The ``student:`` part: some of the teacher's layers, or another model."""
-
-    layers: tuple[int, ...] | None = Field(None, description="layers taken from the teacher, counted from 0")
-    path: str | None = Field(None, description="where the teacher keeps its layers, if it cannot be found")
-    model: str | None = Field(None, description="a folder, a hub id, or package.module:function")
-    options: dict[str, Any] = Field(default_factory=dict, description="options of such a function")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> StudentSpec:
-        if (self.layers is None) == (self.model is None):
-            raise ValueError("the student needs either layers=[...] of the teacher or a model of its own")
-        if self.path is not None and self.layers is None:
-            raise ValueError("path says where the teacher keeps its layers; give layers too, or drop it")
-        _refuse_options(self.model, self.options)
-        return self
-
-    @classmethod
-    def parse(cls, text: str) -> StudentSpec:
-        """Read the command line's form: ``layers:1,3,5``, or what ``model`` takes.
-
-        Example:
-            >>> StudentSpec.parse("layers:1,3,5").layers
-            (1, 3, 5)
-        """
-        kind, _, numbers = text.partition(":")
-        if kind != LAYERS:
-            if re.fullmatch(r"[\d\s,]+", numbers):
-                raise ValueError(f"{text!r} names no model; did you mean '{LAYERS}:{numbers}'?")
-            return cls(model=text)
-        try:
-            return cls(layers=tuple(int(n) for n in numbers.split(",")))
-        except ValueError:
-            raise ValueError(f"{text!r} names no layers; write layers:1,3,5") from None
 
 
 class CacheSpec(Strict):
@@ -320,16 +279,20 @@ class Recipe(Strict):
 
     def build_terms(self, places: Places, regression: bool) -> list[Term]:
         """Make the terms; without any in the recipe, those that suit the task."""
-        specs = self.terms or default_terms(regression, hidden=self.student.layers is not None)
+        specs = self.terms or default_terms(
+            regression, self.student.from_weights, narrower=self.student.shrink is not None
+        )
         return [term for name, spec in specs.items() for term in spec.build(name, places)]
 
     def resolved(self, regression: bool) -> Recipe:
         """The recipe with its terms spelled out."""
-        terms = self.terms or default_terms(regression, hidden=self.student.layers is not None)
+        terms = self.terms or default_terms(
+            regression, self.student.from_weights, narrower=self.student.shrink is not None
+        )
         return self.model_copy(update={"terms": terms})
 
 
-def default_terms(regression: bool, hidden: bool) -> dict[str, TermSpec]:
+def default_terms(regression: bool, hidden: bool, narrower: bool = False) -> dict[str, TermSpec]:
     """What a student learns unless the recipe says: the teacher's answers, its layers, and the labels."""
     terms: dict[str, dict[str, Any]] = {
         "kd": {"loss": "mse"} if regression else {"loss": "forward_kl", "temperature": 2.0},
@@ -337,6 +300,7 @@ def default_terms(regression: bool, hidden: bool) -> dict[str, TermSpec]:
     }
     if hidden:
         terms["hidden"] = {"tap": LAYERS, "loss": "mse", "weight": 1.0}
+        terms["hidden"] |= {"project": "linear"} if narrower else {}
     return {name: TermSpec.model_validate(spec) for name, spec in terms.items()}
 
 

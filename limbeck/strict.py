@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -81,7 +81,9 @@ def explain(error: ValidationError, model: type[BaseModel], what: str) -> str:
 def _fields_at(model: type[BaseModel], place: Sequence[str]) -> list[str]:
     for part in place:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        choices = get_args(annotation) or (annotation,)  # Sizes | None has the fields of Sizes
+        inner = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)]
+        if not inner:
             break
-        model = annotation
+        model = inner[0]
     return list(model.model_fields)

@@ -208,8 +208,13 @@ class KeptTeacher:
             ValueError: other layers than those that were kept.
         """
         here = Loaded(nn.Identity(), self.processor, head_is_trained=True)
-        if spec.layers is None:
+        if spec.model is not None:
             return make_student(spec, task, here, seed)
+        if spec.layers is None or spec.shrink is not None:
+            raise ValueError(
+                f"a student by shrink or config is made of the teacher, which is not here; {self.folder} keeps "
+                "its answers: name a model as the student, or take layers that the cache keeps"
+            )
         if spec.layers != self.described.taken:
             kept = "none" if self.described.taken is None else list(self.described.taken)
             raise ValueError(
@@ -333,7 +338,7 @@ def keep_teacher(
     own.mkdir(exist_ok=True)
     if teacher.processor is not None:
         teacher.processor.save_pretrained(own)
-    taken = spec.layers
+    taken = spec.layers if spec.shrink is None else None
     if taken is not None:
         save_model(teacher.student(spec, task, seed=0).model, teacher.processor, folder / START)
         taken = taken if (folder / START / CONFIG).is_file() else None  # else nothing can load it again

@@ -17,7 +17,8 @@ README = (ROOT / "README.md").read_text()
 OBJECTIVES = (ROOT / "docs" / "objectives.md").read_text()
 TEACHERS = (ROOT / "docs" / "teachers.md").read_text()
 LOOPS = (ROOT / "docs" / "loops.md").read_text()
-"""Blocks of these two build on one another."""
+STUDENTS = (ROOT / "docs" / "students.md").read_text()
+"""Blocks of these three build on one another."""
 RECIPES = sorted((ROOT / "limbeck" / "recipes").glob("*.yaml"))
 DATA = {"cifar10": ROOT.parent / "shared" / "data" / "cifar10"}
 """Data of the recipes that name none, where this machine has it."""
@@ -29,11 +30,15 @@ def blocks(language, text=README):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning's, of a newer torch
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's, of a newer transformers
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 @pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval.*")
 @pytest.mark.parametrize(
     "code",
-    [*blocks("python"), *blocks("python", OBJECTIVES), *("".join(blocks("python", t)) for t in (TEACHERS, LOOPS))],
+    [
+        *(*blocks("python"), *blocks("python", OBJECTIVES)),
+        *("".join(blocks("python", t)) for t in (TEACHERS, LOOPS, STUDENTS)),
+    ],
 )
 def test_python_blocks_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -58,6 +63,12 @@ def test_terms_of_the_document_are_terms(text):
     specs = yaml.safe_load(text)["terms"]
     terms = Recipe.parse({**recipe, "terms": specs}).build_terms(places, regression=False)
     assert {term.name.split(".")[0] for term in terms} == set(specs)
+
+
+@pytest.mark.parametrize("text", blocks("yaml", STUDENTS))
+def test_students_of_the_document_are_students(text):
+    recipe = {"task": {"name": "glue/rte"}, "teacher": {"model": "x"}, **yaml.safe_load(text)}
+    assert Recipe.parse(recipe).student.shrink.hidden_size == 256
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
@@ -98,7 +109,7 @@ def test_shipped_recipes_run_on_small_data(path, tmp_path):
 
 
 def test_links_and_pictures_are_there():
-    for folder, text in ((ROOT, README), (ROOT / "docs", OBJECTIVES), (ROOT / "docs", LOOPS)):
+    for folder, text in ((ROOT, README), *((ROOT / "docs", text) for text in (OBJECTIVES, LOOPS, STUDENTS))):
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             assert target.startswith("http") or (folder / target).exists(), target
 

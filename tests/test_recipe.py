@@ -110,6 +110,8 @@ def test_layers_need_two_stacks():
 
 
 def test_default_terms_suit_the_task():
+    assert default_terms(regression=False, hidden=True, narrower=True)["hidden"].project == "linear"
+    assert default_terms(regression=False, hidden=True)["hidden"].project is None
     losses = {t.loss for t in default_terms(regression=True, hidden=False).values()}
     assert losses == {"mse", "label_mse"}
 
@@ -125,6 +127,10 @@ def test_plain_training_keeps_the_label_terms_options_at_full_weight():
 def test_student_forms():
     assert StudentSpec.parse("layers:3,1").layers == (3, 1)
     assert StudentSpec.parse("some/folder").model == "some/folder"
+    assert StudentSpec.parse("shrink:0.5").shrink.share == 0.5
+    for text in ("shrink:", "shrink:1.5"):
+        with pytest.raises(ValueError, match=r"names no shrink; write shrink:0.5, which is half of every size"):
+            StudentSpec.parse(text)
     with pytest.raises(ValueError, match="write layers:1,3,5"):
         StudentSpec.parse("layers:")
     with pytest.raises(ValueError, match="'layer:0,2' names no model; did you mean 'layers:0,2'"):

@@ -9,6 +9,8 @@ import transformers
 from torch import nn
 
 from limbeck.students import narrower_sizes, shrink
+from limbeck.students.axes import find_axes
+from limbeck.students.low_rank import hidden_basis
 
 torch.set_num_threads(1)
 
@@ -74,6 +76,11 @@ def qwen3():
     return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**GROUPED, head_dim=8))
 
 
+def gemma():
+    own = {"head_dim": 4, "hidden_activation": "gelu", "tie_word_embeddings": False}
+    return transformers.GemmaForCausalLM(transformers.GemmaConfig(**GROUPED, **own))
+
+
 def t5():
     sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
@@ -91,7 +98,7 @@ def vit():
 
 
 TIED = [bert, roberta, distilbert, electra, electra_of_one_width, mpnet, albert, gpt2, bart]
-FREE = [llama, qwen2, qwen3, t5, vit]
+FREE = [llama, qwen2, qwen3, gemma, t5, vit]
 
 
 def made(make, **changes):
@@ -372,6 +379,43 @@ def test_special_tokens_get_their_new_ids(tmp_path):
     assert teacher.generation_config.eos_token_id == [35, 7]
     student.save_pretrained(tmp_path)
     assert transformers.GPT2LMHeadModel.from_pretrained(tmp_path).config.vocab_size == 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [llama, t5, gemma])
+def test_low_rank_finds_the_directions_that_a_model_uses(make):
+    """All that reads or writes the hidden state of 16 uses 8 directions; norms have one gain for all."""
+    teacher = made(make)
+    basis = torch.linalg.qr(torch.randn(16, 8, dtype=torch.float64))[0]
+    used = (basis @ basis.T).float()
+    for name, parameter in teacher.named_parameters():
+        if "norm" in name:
+            parameter.fill_(0.3)
+        elif re.search(r"o_proj|down_proj|\.o\.|wo", name):
+            parameter.copy_(used @ parameter)
+        elif "relative_attention_bias" not in name:
+            parameter.copy_(parameter @ used)
+    student = shrink(teacher, hidden_size=8, init="low_rank")
+    factor = 1.0
+    if make is t5:  # divides what its head reads by the root of the hidden size
+        factor = 2**0.5
+    if make is gemma:  # multiplies embeddings by it
+        teacher.get_input_embeddings().weight.mul_(0.5**0.5)
+    torch.testing.assert_close(logits(student), factor * logits(teacher), rtol=1e-3, atol=1e-3)
+
+
+def test_low_rank_directions_are_the_best():
+    """Against the singular vectors of all matrices side by side, each of length one."""
+    teacher = made(llama)
+    matrices = []
+    for name, parameter in teacher.named_parameters():
+        if parameter.ndim == 2:
+            hidden_first = parameter if re.search("o_proj|down_proj", name) else parameter.T
+            matrices.append((hidden_first / hidden_first.norm()).double())
+    best = torch.linalg.svd(torch.cat(matrices, 1))[0][:, :6]
+    axes = find_axes(teacher)
+    found = hidden_basis(teacher.state_dict(), axes, 6, teacher.state_dict()).directions
+    torch.testing.assert_close(found @ found.T, best @ best.T)
 
 
 def test_fresh_weights_have_the_same_shapes():

@@ -1,5 +1,6 @@
 """Students: functions that make a smaller model from a trained one, and one model for several tasks."""
 
+from limbeck.students.channels import shrink_channels
 from limbeck.students.depth import take_layers
 from limbeck.students.fresh import from_config
 from limbeck.students.heads import Heads
@@ -14,6 +15,7 @@ __all__ = [
     "merged",
     "narrower_sizes",
     "shrink",
+    "shrink_channels",
     "take_layers",
     "with_lora",
 ]

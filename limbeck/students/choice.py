@@ -62,7 +62,9 @@ class Kept:
         return torch.cat([first * self.scale, *others], slot.dim)
 
 
-def choose(axes: Axes, sizes: Mapping[str, int], tokens: Sequence[int] | None, scores: Scores) -> Kept:
+def choose(
+    axes: Axes, sizes: Mapping[str, int], tokens: Sequence[int] | None, scores: Scores, hidden: bool = True
+) -> Kept:
     """Choose the most important units.
 
     Args:
@@ -70,11 +72,12 @@ def choose(axes: Axes, sizes: Mapping[str, int], tokens: Sequence[int] | None, s
         sizes: How many are kept along each axis.
         tokens: The rows of the vocabulary that are kept; None for all.
         scores: How important they are.
+        hidden: Whether hidden dimensions are chosen, too.
     """
     kept = Kept(axes)
     if tokens is not None:
         kept.units[WHOLE, VOCABULARY] = torch.tensor(tokens)
-    if sizes[HIDDEN] != axes.sizes[HIDDEN]:
+    if hidden and sizes[HIDDEN] != axes.sizes[HIDDEN]:
         kept.units[WHOLE, HIDDEN] = _best(scores.of(HIDDEN, _names(axes, {HIDDEN})).sum(1), sizes[HIDDEN])
     if sizes[UNITS] != axes.sizes[UNITS]:
         for block, names in _blocks(kept, {UNITS}).items():

@@ -14,10 +14,11 @@ from limbeck.students.axes import GROUPS, HEADS, HIDDEN, UNITS, VOCABULARY, Axes
 from limbeck.students.choice import choose
 from limbeck.students.depth import is_transformers_model
 from limbeck.students.importance import MEASURES, Batch, Importance, Scores
+from limbeck.students.low_rank import hidden_basis
 
 Model = TypeVar("Model", bound=nn.Module)
-Init = Literal["importance", "fresh"]
-INITS = ("importance", "fresh")
+Init = Literal["importance", "low_rank", "fresh"]
+INITS = ("importance", "low_rank", "fresh")
 
 
 def shrink(
@@ -58,7 +59,10 @@ def shrink(
         importance: What is kept: ``"magnitude"``, by the weights alone; ``"activation"``, by what a sample makes
             of them; ``"taylor"``, by how much a sample's loss changes to first order.
         sample: A batch of inputs, or several, for the last two; with labels for the last.
-        init: ``"importance"``, or ``"fresh"`` for new random weights of the same shapes.
+        init: ``"importance"``; ``"low_rank"``, the hidden state in the directions in which the weights are
+            largest and not in some of its coordinates; or ``"fresh"``, new random weights of the same shapes. Low
+            rank keeps the function of a Llama whose weights have that rank; a layer norm's mean, and activations
+            of the hidden state such as BERT's pooler, are not the same in other directions.
 
     Returns:
         A new model of the same class.
@@ -88,9 +92,14 @@ def shrink(
     config = _narrow_config(model, axes, sizes, tokens)
     student = _build(model, config, fresh=init == "fresh")
     _check_same_names(student, model)
-    if init == "importance":
-        kept = choose(axes, sizes, tokens, Scores(model, axes, importance, sample))
-        state = {name: kept.cut(name, tensor.detach()) for name, tensor in model.state_dict().items()}
+    if init != "fresh":
+        state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        scores = Scores(model, axes, importance, sample)
+        if init == "low_rank" and sizes[HIDDEN] != axes.sizes[HIDDEN]:
+            basis = hidden_basis(state, axes, sizes[HIDDEN], student.state_dict())
+            state = {name: basis.apply(name, tensor) for name, tensor in state.items()}
+        kept = choose(axes, sizes, tokens, scores, hidden=init == "importance")
+        state = {name: kept.cut(name, tensor) for name, tensor in state.items()}
         student.load_state_dict(state, assign=True)
         student.tie_weights()
     _same_state(student, model, tokens)

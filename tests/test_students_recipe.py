@@ -1,0 +1,97 @@
+"""Students of a recipe: with fewer layers, narrower, of the teacher's kind, in a run."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+import limbeck
+from limbeck.building import build_cache
+from limbeck.cli import app
+from limbeck.recipe import Recipe
+from limbeck.students import narrower_sizes, shrink, take_layers
+from limbeck.students.spec import StudentSpec
+from tests import models, tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def place(tmp_path):
+    return tiny.place_of(tmp_path)
+
+
+def test_a_student_is_what_its_functions_make():
+    teacher = models.bert(layers=3)
+    made = StudentSpec(layers=[0, 2], shrink={"hidden_size": 8, "intermediate_size": 20}).made_of(teacher, 0)
+    expected = shrink(take_layers(teacher, [0, 2]), hidden_size=8, intermediate_size=20)
+    assert all(torch.equal(value, made.state_dict()[name]) for name, value in expected.state_dict().items())
+    made = StudentSpec(shrink={"share": 0.5, "init": "low_rank"}).made_of(teacher, 0)
+    expected = shrink(teacher, **narrower_sizes(teacher, 0.5), init="low_rank")
+    assert all(torch.equal(value, made.state_dict()[name]) for name, value in expected.state_dict().items())
+    changes = {"num_hidden_layers": 1, "hidden_size": 8}
+    made = [StudentSpec(config=changes).made_of(teacher, seed) for seed in (0, 0, 1)]
+    first, same, other = (model.bert.pooler.dense.weight for model in made)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    frozen = models.bert().requires_grad_(False)
+    assert all(p.requires_grad for p in StudentSpec(shrink={"share": 0.5}).made_of(frozen, 0).parameters())
+
+
+@pytest.mark.parametrize(
+    ("student", "sizes"),
+    [
+        ({"layers": [1], "shrink": {"hidden_size": 8, "intermediate_size": 16}}, (1, 8, 1, 16)),
+        ({"config": {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8}}, (1, 8, 2, 8)),
+    ],
+)
+def test_a_run_distils_into_it(place, student, sizes):
+    report = limbeck.distill(Recipe.parse(tiny.recipe(place, student=student)), place / "run")
+    assert report.student.parameters < report.teacher.parameters
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(place / "run" / "student")
+    config = loaded.config
+    found = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size
+    assert found == sizes
+
+
+def test_the_command_line_says_a_share(place):
+    words = ["distill", "--task", "table", "--data", str(place / "data.csv"), "--text", "text", "--label", "label"]
+    words += ["--teacher", str(place / "teacher"), "--student", "shrink:0.5", "--out", str(place / "run")]
+    changes = [
+        f"store={place / 'store'}",
+        "training.steps=2",
+        "teacher.training.steps=2",
+        "training.batch_size=16",
+    ]
+    found = CliRunner().invoke(app, [*words, *(word for change in changes for word in ("--set", change))])
+    assert found.exit_code == 0, found.output
+    config = json.loads((place / "run" / "student" / "config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"]) == (8, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ({}, "either layers=.* of the teacher or a model of its own, or shrink .*, or config"),
+        ({"layers": [0], "config": {}}, "the student needs either"),
+        ({"shrink": {"share": 0.5}, "model": "x"}, "the student needs either"),
+        ({"shrink": {}}, "shrink needs either share, or sizes"),
+        ({"shrink": {"share": 0.5, "heads": 1}}, "shrink needs either share, or sizes"),
+        ({"shrink": {"share": 1.0}}, "less than 1"),
+        ({"shrink": {"hiden_size": 8}}, "'hiden_size'; did you mean 'hidden_size'"),
+        ({"config": {"hidden_size": 8}, "path": "x"}, "path says where the teacher keeps its layers"),
+    ],
+)
+def test_what_makes_no_student_is_refused(place, student, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.parse(tiny.recipe(place, student=student))
+
+
+@pytest.mark.parametrize("student", [{"layers": [0], "shrink": {"share": 0.5}}, {"config": {"hidden_size": 8}}])
+def test_a_teacher_that_is_not_here_makes_no_student(place, student):
+    build_cache(tiny.recipe(place, student=student), place / "signals")
+    kept = {"model": f"cache:{place / 'signals'}"}
+    with pytest.raises(ValueError, match="made of the teacher, which is not here"):
+        limbeck.distill(tiny.recipe(place, student=student, teacher=kept), place / "run")
