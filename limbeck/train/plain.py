@@ -261,7 +261,7 @@ class Loop:
         self.model.train()
 
     def _check(self) -> None:
-        loader: Any = self.loader
+        loader: Any = self._first
         if not isinstance(loader, Iterable):
             raise TypeError(f"the loader gives batches, got {type(loader).__name__}; pass a DataLoader or a list")
         if (self.epochs is None) == (self.steps is None):
