@@ -171,6 +171,8 @@ def block_by_block(
     """
     if not pairs:
         raise ValueError("block_by_block needs pairs of modules, [(student's, teacher's), ...], got none")
+    if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
+        raise ValueError(f"pairs are [(student's module, teacher's module), ...], got {pairs!r}")
     if share is not None and not (last and 0 < share < 1):
         raise ValueError(f"share={share} is the part of a last stage, between 0 and 1; name its terms by last=")
     count = len(pairs)

@@ -752,3 +752,15 @@ def test_a_student_may_learn_from_one_that_learns():
     second(*points()).loss.backward()
     assert all(p.grad is not None for p in second.parameters())
     assert not any(p.requires_grad for p in assistant.parameters())
+
+
+def test_counts_that_lack_something():
+    distiller = Distiller(nn.Linear(4, 3), nn.Linear(4, 3), [Term("logits", loss="mse")]).train()
+    with pytest.raises(ValueError, match=r"counts lack 'examples', they have \['exmples'\]; add up"):
+        distiller(torch.ones(2, 4), torch.zeros(2, dtype=torch.long), counts={"exmples": 2.0})
+
+
+def test_the_places_that_are_proposed_have_names():
+    """The model itself is a module too, whose path is empty."""
+    with pytest.raises(ValueError, match=r"the teacher has no 'zzz'; known: 0, 1, "):
+        Distiller(nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 3), nn.Tanh()), [Term("logits", "zzz", loss="mse")])

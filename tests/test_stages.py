@@ -224,9 +224,14 @@ def test_a_wrong_stage(options, error, message):
         Stage(**options)
 
 
-@pytest.mark.parametrize("options", [{"share": 0.5}, {"share": 1.0, "last": LAST}, {"pairs": []}])
+@pytest.mark.parametrize(
+    "options", [{"share": 0.5}, {"share": 1.0, "last": LAST}, {"pairs": []}, {"pairs": ["0", "2"]}]
+)
 def test_wrong_blocks(options):
-    with pytest.raises(ValueError, match=r"block_by_block needs pairs|is the part of a last stage"):
+    with pytest.raises(
+        ValueError,
+        match=r"pairs are \[\(student's module, teacher's|block_by_block needs pairs|is the part of a last stage",
+    ):
         block_by_block(**{"pairs": PAIRS, **options})
 
 
