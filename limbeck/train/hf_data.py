@@ -26,6 +26,8 @@ BESIDE = (EXAMPLE_ID, TASK, TEACHER_CACHE, STUDENT, TEACHER, INPUTS, LABELS, "la
 
 SAMPLE = 2
 
+EMPTY = "the training data is empty; check the split, the file and dataloader_drop_last"
+
 Collate = Callable[[Sequence[Any]], Any]
 
 
@@ -121,15 +123,21 @@ def samples(loader: Any, tasks: Sequence[str]) -> Iterator[Any]:
 
     Random numbers are drawn; who calls puts them back.
 
+    Raises:
+        ValueError: there are no examples.
+
     Example:
         >>> from torch.utils.data import DataLoader
         >>> list(samples(DataLoader([1, 2, 3], batch_size=3), ()))
         [tensor([1, 2])]
     """
     if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
-        yield loader.collate_fn(list(islice(iter(loader.dataset), SAMPLE)))
+        first = list(islice(iter(loader.dataset), SAMPLE))
+        if not first:
+            raise ValueError(EMPTY)
+        yield loader.collate_fn(first)
         return
-    missing = set(tasks)
+    missing, batch = set(tasks), None
     for indices in loader.batch_sampler:
         batch = loader.collate_fn([loader.dataset[i] for i in islice(indices, SAMPLE)])
         if tasks and task_of(as_batch(batch)) not in missing:
@@ -140,6 +148,8 @@ def samples(loader: Any, tasks: Sequence[str]) -> Iterator[Any]:
         missing.discard(task_of(as_batch(batch)))
         if not missing:
             return
+    if batch is None:
+        raise ValueError(EMPTY)
 
 
 @contextmanager
