@@ -241,6 +241,9 @@ def map_tensors(
     return {key: visit(value) for key, value in batch.items()}
 
 
+PAD = "make them tensors of one shape, or pass limbeck.Examples(data, collate=...) or a DataLoader that pads"
+
+
 def collated(examples: list[Any]) -> Any:
     """Make a batch of examples as PyTorch does, also of sparse targets and of what transformers models return.
 
@@ -248,8 +251,20 @@ def collated(examples: list[Any]) -> Any:
         >>> batch = collated([{"x": torch.tensor(1.0), "teacher_cache": {"logits": torch.zeros(3)}}] * 2)
         >>> batch["teacher_cache"]["logits"].shape
         torch.Size([2, 3])
+
+    Raises:
+        ValueError: entries that are plain lists of numbers, as a tokenizer's, or differ in shape.
     """
-    return collate(examples, collate_fn_map={**default_collate_fn_map, Sparse: _sparse, Mapping: _mappings})
+    first = examples[0] if examples else None
+    for name, value in first.items() if isinstance(first, Mapping) else ():
+        if isinstance(value, list) and value and isinstance(value[0], (int, float)):
+            raise ValueError(f"{name!r} of the examples is a list of numbers, which no batch is made of; {PAD}")
+    try:
+        return collate(examples, collate_fn_map={**default_collate_fn_map, Sparse: _sparse, Mapping: _mappings})
+    except RuntimeError as error:
+        if "equal size" not in str(error):
+            raise
+        raise ValueError(f"examples of one batch differ in shape ({error}); {PAD}") from None
 
 
 def _sparse(examples: Sequence[Sparse], **_: Any) -> Sparse:

@@ -47,7 +47,7 @@ def check_apart(student: nn.Module, teacher: Any) -> None:
         check_students(student, teacher)
 
 
-def check_trains(student: nn.Module, loss: Tensor, stage: str | None) -> None:
+def check_learns(student: nn.Module, loss: Tensor, stage: str | None) -> None:
     """Refuse a loss that nothing can be learned from.
 
     Args:

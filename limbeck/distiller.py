@@ -16,9 +16,9 @@ from limbeck.checks import (
     check_causal,
     check_classes,
     check_gradients,
+    check_learns,
     check_offers,
     check_same_tokens,
-    check_trains,
     live_modules,
 )
 from limbeck.layerwise import Layerwise
@@ -178,7 +178,7 @@ class Distiller(nn.Module):
         result: Output = self.objective(student, against, compared, counts, progress, measured, names)
         if torch.is_grad_enabled() and (self.training or self._stages is not None):
             stage = None if self._stages is None else self._stages.described(progress)
-            check_trains(self.student, result.loss, stage)
+            check_learns(self.student, result.loss, stage)
         if counts is None and self.training:  # a whole step; of a part, the backend tells when all are there
             self.objective.observe(result.terms, result.gradients)
         return replace(result, logits=self._logits(seen, output))

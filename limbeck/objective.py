@@ -251,7 +251,7 @@ class Objective(nn.Module):
             if values.ndim == 0:  # it describes the batch as a whole, and counts once per example
                 values = values.expand(batch_size(batch))
             mask = fitting(mask, values)
-            count = None if counts is None else counts[EXAMPLES if mask is None else str(key)]
+            count = None if counts is None else _count_of(counts, EXAMPLES if mask is None else str(key))
             return masked_mean(values, mask, count)
 
     def _supplied(self, term: Term, read: Side, target: Target, batch: Batch) -> dict[str, Any]:
@@ -373,3 +373,11 @@ def _checked_terms(terms: Sequence[Term]) -> tuple[Term, ...]:
         if (term.project is not None or term.learned) and _key(term) in dir(nn.ModuleDict):
             raise ValueError(f"a term with a projection cannot be called {term.name!r}; give it another name=")
     return tuple(terms)
+
+
+def _count_of(counts: Mapping[str, float], key: str) -> float:
+    if key not in counts:
+        raise ValueError(
+            f"counts lack {key!r}, they have {sorted(counts)}; add up distiller.count(part) of all parts"
+        )
+    return counts[key]

@@ -173,7 +173,7 @@ def value_at(value: Any, progress: float | None, what: str) -> Any:
     if not isinstance(value, Scheduled):
         return value
     if progress is None:
-        raise ValueError(f"the {what} follows {value}; pass progress=step / steps with each batch")
+        raise ValueError(f"the {what} follows {value}; pass progress=step / (steps - 1) with each batch")
     if not 0 <= progress <= 1:
         raise ValueError(f"progress runs from 0 at the first step to 1 at the last, got {progress}")
     return value.at(progress)

@@ -20,7 +20,7 @@ class Stage:
 
     Args:
         until: The progress, above 0 and up to 1, at which the next stage begins.
-        terms: Names of the terms that count, or patterns of them (``"block.*"``); None for all.
+        terms: Names of the terms that count, or patterns of them (``"block.*"``, ``"mse[*]"``); None for all.
         trains: What of the student trains: paths of modules, or patterns of parameters' names
             (``"encoder.layer.0.*"``); None for all that trains without stages. What stands beside the stage's
             terms, projections and the like, trains with them.
@@ -90,7 +90,7 @@ class Stages:
             ValueError: no progress, or one outside of [0, 1].
         """
         if progress is None:
-            raise ValueError("what trains follows stages; pass progress=step / steps with each batch")
+            raise ValueError("what trains follows stages; pass progress=step / (steps - 1) with each batch")
         if not 0 <= progress <= 1:
             raise ValueError(f"progress runs from 0 at the first step to 1 at the last, got {progress}")
         last = len(self.stages) - 1
@@ -171,6 +171,8 @@ def block_by_block(
     """
     if not pairs:
         raise ValueError("block_by_block needs pairs of modules, [(student's, teacher's), ...], got none")
+    if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
+        raise ValueError(f"pairs are [(student's module, teacher's module), ...], got {pairs!r}")
     if share is not None and not (last and 0 < share < 1):
         raise ValueError(f"share={share} is the part of a last stage, between 0 and 1; name its terms by last=")
     count = len(pairs)
@@ -201,9 +203,14 @@ def _matching(what: str, patterns: Sequence[str] | None, names: Sequence[str]) -
     if patterns is None:
         return tuple(names)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(_fits(name, pattern) for name in names):
             raise ValueError(f"a stage names the {what} {pattern!r}, and there is none; {nearest(pattern, names)}")
-    return tuple(n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns))
+    return tuple(n for n in names if any(_fits(n, pattern) for pattern in patterns))
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a pattern means a name; brackets may be its own, since terms without a name are ``mse[layer.0]``."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, pattern.replace("[", "[[]"))
 
 
 def _trained(student: nn.Module) -> list[str]:

@@ -769,3 +769,15 @@ def test_a_student_of_which_nothing_trains_is_refused():
         distiller(torch.ones(4, 2), torch.zeros(4))
     with torch.no_grad():
         assert distiller(torch.ones(4, 2), torch.zeros(4)).loss > 0
+
+
+def test_counts_that_lack_something():
+    distiller = Distiller(nn.Linear(4, 3), nn.Linear(4, 3), [Term("logits", loss="mse")]).train()
+    with pytest.raises(ValueError, match=r"counts lack 'examples', they have \['exmples'\]; add up"):
+        distiller(torch.ones(2, 4), torch.zeros(2, dtype=torch.long), counts={"exmples": 2.0})
+
+
+def test_the_places_that_are_proposed_have_names():
+    """The model itself is a module too, whose path is empty."""
+    with pytest.raises(ValueError, match=r"the teacher has no 'zzz'; known: 0, 1, "):
+        Distiller(nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 3), nn.Tanh()), [Term("logits", "zzz", loss="mse")])

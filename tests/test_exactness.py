@@ -196,6 +196,7 @@ def test_one_interrupted_rank_stops_both(tmp_path):
     uninterrupted = weights(tmp_path / "a.safetensors", *options, "--folder", tmp_path / "a", ranks=2)
     options += ["--folder", tmp_path / "b"]
     stopped = run(tmp_path / "b.safetensors", *options, "--interrupt-at", 4, 1, ranks=2)
-    assert sorted(stopped.stdout.splitlines()) == ["rank 0: interrupted", "rank 1: interrupted"]
+    said = f"interrupted at step 4; what was trained is kept in {tmp_path / 'b' / 'step-00000004'}"
+    assert sorted(stopped.stdout.splitlines()) == [f"rank 0: {said}", f"rank 1: {said}"]
     resumed = weights(tmp_path / "b.safetensors", *options, ranks=2)
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)

@@ -415,6 +415,40 @@ def test_bad_data():
         fit(plain(), items(), [], Settings(steps=1))
 
 
+def test_texts_as_a_tokenizer_leaves_them():
+    """Plain lists, which transformers' Trainer pads by itself, and PyTorch would batch the wrong way round."""
+    rows = [{"input": [1.0, 2.0, 3.0, 4.0], "labels": i % 2} for i in range(8)]
+    with pytest.raises(ValueError, match=r"'input' of the examples is a list of numbers.*\(data, collate="):
+        fit(plain(), rows, settings=Settings(steps=1))
+    uneven = [{"input": torch.ones(3 + i % 2), "labels": i % 2} for i in range(8)]
+    with pytest.raises(ValueError, match=r"examples of one batch differ in shape .*or a DataLoader that pads"):
+        fit(plain(), uneven, settings=Settings(steps=1))
+
+    def collate(examples):
+        return {key: torch.tensor([one[key] for one in examples]) for key in ("input", "labels")}
+
+    assert fit(plain(), Examples(rows, collate=collate), settings=Settings(steps=1)).steps == 1
+
+
+def test_arguments_of_another_kind_are_refused_before_anything_runs(tmp_path):
+    with pytest.raises(TypeError, match="what trains is a Distiller, got a Linear"):
+        fit(nn.Linear(4, 2), items())
+    with pytest.raises(TypeError, match=r"settings are limbeck.Settings, got a dict; write .*\(\*\*settings"):
+        fit(plain(), items(), settings={"epochs": 1})
+    with pytest.raises(TypeError, match="Settings stand where data for evaluations do"):
+        fit(plain(), items(), Settings(epochs=1))
+    with pytest.raises(TypeError, match="callbacks are a list, got a Callback"):
+        fit(plain(), items(), callbacks=Callback())
+    with pytest.raises(TypeError, match=r"a callback is a limbeck.train.callbacks.Callback, got print"):
+        fit(plain(), items(), callbacks=[print])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"checkpoints go into a folder, and .*file is a file"):
+        fit(plain(), items(), folder=tmp_path / "file" / "below")
+    frozen = nn.Linear(4, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"nothing of the student \(Linear\) trains"):
+        fit(Distiller(frozen, nn.Linear(4, 2), [Term("logits", loss="mse")]), items())
+
+
 def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="learning_rat"):
         Settings(learning_rat=1)

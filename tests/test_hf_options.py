@@ -519,6 +519,17 @@ def test_what_makes_no_sense_is_refused_up_front(tmp_path):
         DistillationTrainer(None, args)
     with pytest.raises(TypeError, match="has no option 'train_data'; did you mean 'train_dataset'"):
         DistillationTrainer(bert(1, 8), args, train_data=[])
+    with pytest.raises(TypeError, match=r"has no option 'techer'; did you mean 'teacher'"):
+        DistillationTrainer(bert(1, 8), args, techer=bert(2, 8))
+    with pytest.raises(
+        TypeError, match=r"after the student come TrainingArguments, got a BertFor.*; pass the teacher"
+    ):
+        DistillationTrainer(bert(1, 8), bert(2, 8), args)
+    for terms in (None, [KD]):
+        with pytest.raises(ValueError, match="the training data is empty"):
+            trainer(tmp_path, data=[], terms=terms).train()
+    with pytest.raises(ValueError, match=r"nothing of the student \(BertForSequenceClassification\) trains"):
+        trainer(tmp_path, bert(1, 8).requires_grad_(False)).train()
     with pytest.raises(ValueError, match=r"term 'kd' .* needs a teacher, and there is none"):
         DistillationTrainer(bert(1, 8), args, terms=[KD])
     with pytest.raises(ValueError, match=r"did you mean 'bert\.encoder\.layer\.0'"):

@@ -244,6 +244,16 @@ def test_a_training_without_an_end_is_refused():
         trainer(max_epochs=-1).fit(DistillationModule(distiller(), SETTINGS), DataLoader(items(), 8))
 
 
+@pytest.mark.filterwarnings("ignore:Total length of .* across ranks is zero")
+def test_what_cannot_be_trained_is_refused():
+    with pytest.raises(TypeError, match="what trains is a Distiller, got a Sequential"):
+        DistillationModule(perceptron())
+    with pytest.raises(TypeError, match=r"settings are limbeck.Settings, got a dict"):
+        DistillationModule(distiller(), {"learning_rate": 0.1})
+    with pytest.raises(ValueError, match="the training loader is empty; check its data set and drop_last"):
+        trainer(max_epochs=1).fit(DistillationModule(distiller(), SETTINGS), DataLoader([], 8))
+
+
 def test_a_wrong_monitor_is_refused(tmp_path):
     with pytest.raises(ValueError, match="mode is 'max' or 'min', and goes with monitor; got None with 'loss'"):
         SaveStudent(tmp_path, monitor="loss")

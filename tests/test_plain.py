@@ -14,6 +14,7 @@ from limbeck.train import plain
 from limbeck.train.loaders import MixedLoaders
 from limbeck.train.plain import Loop
 from limbeck.train.scalars import Scalars
+from limbeck.types import Output
 from tests.test_exactness import largest_difference, run
 
 WORKER = Path(__file__).parent / "workers" / "plain.py"
@@ -299,6 +300,9 @@ def test_ranks_change_nothing(tmp_path):
         ({"epochs": 1, "steps": 1}, "got epochs=1 and steps=1"),
         ({"epochs": 0}, "epochs must be a whole number from 1 on, got 0"),
         ({"epochs": 1, "accumulation": 0}, "accumulation must be"),
+        ({"epochs": 1, "precision": "bf61"}, "precision is one of fp32, bf16, fp16, got 'bf61'"),
+        ({"epochs": 1, "scheduler_every": "batch"}, "scheduler_every is one of step, epoch, got 'batch'"),
+        ({"epochs": 1, "folder": __file__}, "checkpoints go into a folder, and .*test_plain.py is a file"),
         ({"epochs": 1, "clip": -1.0}, "clip must be positive, or None for no clipping, got -1.0"),
     ],
 )
@@ -319,6 +323,13 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
     for wrong, got in ((None, "NoneType"), (torch.ones(2), r"\(2,\)")):
         with pytest.raises(TypeError, match=f"a tensor with one number, got {got}"):
             Loop(lambda batch, _, w=wrong: w, parts.model, parts.loader, parts.optimizer, epochs=1).run()
+    with pytest.raises(ValueError, match="the loss of a step depends on nothing that trains"):
+        Loop(lambda *_: torch.zeros(()), parts.model, parts.loader, parts.optimizer, epochs=1).run()
+    output = Output(torch.zeros(()), None, {}, {})
+    with pytest.raises(TypeError, match=r"got a Distiller's output; add \.loss"):
+        Loop(lambda *_: output, parts.model, parts.loader, parts.optimizer, epochs=1).run()
+    with pytest.raises(TypeError, match=r"a callback is a limbeck\.train\.plain_state\.Callback, got print"):
+        parts.loop(epochs=1, callbacks=[print])
     Parts().loop(epochs=1, folder=tmp_path).run()
     with pytest.raises(ValueError, match="accumulation is 3 there and 2 here"):
         Parts().loop(epochs=1, folder=tmp_path, accumulation=2).run()

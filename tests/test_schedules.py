@@ -63,7 +63,9 @@ def test_a_wrong_schedule_is_refused_when_it_is_built(spec, error, message):
 
 
 def test_a_scheduled_value_needs_progress():
-    with pytest.raises(ValueError, match=r"the weight follows 1 x linear_decay.*pass progress=step / steps"):
+    with pytest.raises(
+        ValueError, match=r"the weight follows 1 x linear_decay.*pass progress=step / \(steps - 1\)"
+    ):
         value_at(build_schedule({"schedule": "linear_decay"}), None, "weight")
 
 

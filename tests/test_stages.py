@@ -224,9 +224,14 @@ def test_a_wrong_stage(options, error, message):
         Stage(**options)
 
 
-@pytest.mark.parametrize("options", [{"share": 0.5}, {"share": 1.0, "last": LAST}, {"pairs": []}])
+@pytest.mark.parametrize(
+    "options", [{"share": 0.5}, {"share": 1.0, "last": LAST}, {"pairs": []}, {"pairs": ["0", "2"]}]
+)
 def test_wrong_blocks(options):
-    with pytest.raises(ValueError, match=r"block_by_block needs pairs|is the part of a last stage"):
+    with pytest.raises(
+        ValueError,
+        match=r"pairs are \[\(student's module, teacher's|block_by_block needs pairs|is the part of a last stage",
+    ):
         block_by_block(**{"pairs": PAIRS, **options})
 
 
@@ -235,9 +240,17 @@ def test_the_last_stage_takes_its_share():
     assert [stage.until for stage in stages] == pytest.approx([0.3, 0.6, 1.0])
 
 
+@pytest.mark.parametrize("pattern", ["mse[0]", "mse[*]", "mse*"])
+def test_terms_that_were_given_no_name(pattern):
+    terms = [Term("0", loss="mse"), Term("logits", loss="forward_kl")]
+    stages = [Stage(0.5, terms=[pattern]), Stage(terms=["forward_kl"])]
+    distiller = Distiller(perceptron(), perceptron(seed=1), terms, stages=stages).train()
+    assert list(distiller(*points(), progress=0.0).terms) == ["mse[0]"]
+
+
 def test_a_loop_of_ones_own_says_where_it_is():
     distiller = Distiller(perceptron(), perceptron(seed=1), [Term("logits", loss="mse")], stages=[Stage()]).train()
-    with pytest.raises(ValueError, match="what trains follows stages; pass progress=step / steps"):
+    with pytest.raises(ValueError, match=r"what trains follows stages; pass progress=step / \(steps - 1\)"):
         distiller(*points())
 
 

@@ -24,7 +24,7 @@ from limbeck.teachers.members import load_states, states
 from limbeck.terms import Term
 from limbeck.train.averages import TOTAL, Averages
 from limbeck.train.checkpoint import WEIGHTS, load_weights, read_tree, save_weights, write_tree
-from limbeck.train.hf_checks import check_covered, check_made
+from limbeck.train.hf_checks import check_arguments, check_covered, check_made
 from limbeck.train.hf_data import (
     PARTS,
     Entries,
@@ -38,6 +38,7 @@ from limbeck.train.hf_data import (
 from limbeck.train.hf_step import Remembering, Update
 from limbeck.train.hf_terms import default_terms, predicts_next
 from limbeck.train.loop import seed_everything
+from limbeck.train.refusals import check_trains
 
 if TYPE_CHECKING:
     from transformers import Trainer as Base
@@ -72,7 +73,8 @@ class _Distilling(Base):  # type: ignore[misc]
         terms: Sequence[Term] | None = None,
         **options: Any,
     ) -> None:
-        refuse_unknown(options, OPTIONS | TRAINERS, f"a {type(self).__name__}")
+        refuse_unknown(options, OPTIONS | TRAINERS | {"teacher", "terms"}, f"a {type(self).__name__}")
+        check_arguments(args)
         self._options = {name: options.pop(name) for name in OPTIONS & options.keys()}
         check_made(model, options.get("model_init"), teacher, terms, self._options)
         if options.get("compute_loss_func") is not None:
@@ -150,6 +152,7 @@ class _Distilling(Base):  # type: ignore[misc]
             for batch in batches:
                 with self.accelerator.autocast():
                     distiller.preflight(batch)
+        check_trains(distiller)
         self._ready = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -30,6 +30,18 @@ def check_made(
         raise ValueError(f"the model is a Distiller already, and {given[0]} was given too; leave one of them out")
 
 
+def check_arguments(args: Any) -> None:
+    """Refuse a model where the TrainingArguments stand.
+
+    Raises:
+        TypeError: the second argument is a model or a path of one.
+    """
+    if isinstance(args, (nn.Module, str)):
+        raise TypeError(
+            f"after the student come TrainingArguments, got a {type(args).__name__}; pass the teacher as teacher="
+        )
+
+
 def check_covered(distiller: Distiller, optimizer: Any) -> None:
     """Refuse an optimizer of the user's own that leaves out what has to train."""
     there = {id(p) for group in optimizer.param_groups for p in group["params"]}

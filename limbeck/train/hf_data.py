@@ -32,6 +32,8 @@ TEXTS = ("string", "large_string")
 
 SAMPLE = 2
 
+EMPTY = "the training data is empty; check the split, the file and dataloader_drop_last"
+
 Collate = Callable[[Sequence[Any]], Any]
 
 
@@ -150,15 +152,21 @@ def samples(loader: Any, tasks: Sequence[str]) -> Iterator[Any]:
 
     Random numbers are drawn; who calls puts them back.
 
+    Raises:
+        ValueError: there are no examples.
+
     Example:
         >>> from torch.utils.data import DataLoader
         >>> list(samples(DataLoader([1, 2, 3], batch_size=3), ()))
         [tensor([1, 2])]
     """
     if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
-        yield loader.collate_fn(list(islice(iter(loader.dataset), SAMPLE)))
+        first = list(islice(iter(loader.dataset), SAMPLE))
+        if not first:
+            raise ValueError(EMPTY)
+        yield loader.collate_fn(first)
         return
-    missing = set(tasks)
+    missing, batch = set(tasks), None
     for indices in loader.batch_sampler:
         batch = loader.collate_fn([loader.dataset[i] for i in islice(indices, SAMPLE)])
         if tasks and task_of(as_batch(batch)) not in missing:
@@ -169,6 +177,8 @@ def samples(loader: Any, tasks: Sequence[str]) -> Iterator[Any]:
         missing.discard(task_of(as_batch(batch)))
         if not missing:
             return
+    if batch is None:
+        raise ValueError(EMPTY)
 
 
 @contextmanager
@@ -182,8 +192,14 @@ def undisturbed() -> Iterator[None]:
 
 
 def labels_of_first(dataset: Any) -> Tensor | None:
-    """The labels of a data set's first example, under any of the names that transformers takes, or None."""
+    """The labels of a data set's first example, under any of the names that transformers takes, or None.
+
+    Raises:
+        ValueError: there is no example.
+    """
     with undisturbed():
-        example = next(iter(dataset))
+        example = next(iter(dataset), None)
+    if example is None:
+        raise ValueError(EMPTY)
     found = next((example[key] for key in (LABELS, "label", "label_ids") if key in example), None)
     return None if found is None else torch.as_tensor(found)

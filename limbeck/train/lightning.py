@@ -28,6 +28,7 @@ from limbeck.train.checkpoint import random_state, save_weights, set_random_stat
 from limbeck.train.data import Step
 from limbeck.train.loop import seed_everything
 from limbeck.train.ranks import global_counts
+from limbeck.train.refusals import check_kinds, check_trains
 from limbeck.train.settings import FUSED, Settings
 from limbeck.types import LABELS, STUDENT, Batch
 
@@ -78,6 +79,7 @@ class DistillationModule(LightningModule):  # type: ignore[misc]  # Lightning is
 
     Raises:
         ValueError: a setting that is the Trainer's, or an unknown metric.
+        TypeError: what trains is no Distiller, or settings are no `Settings`.
 
     Example:
         >>> from torch import nn
@@ -96,7 +98,8 @@ class DistillationModule(LightningModule):  # type: ignore[misc]  # Lightning is
         super().__init__()
         self.automatic_optimization = False
         self.distiller = distiller
-        self.settings = settings or Settings()
+        self.settings = Settings() if settings is None else settings
+        check_kinds(distiller, self.settings)
         for name in sorted(self.settings.model_fields_set & OF_THE_TRAINER.keys()):
             raise ValueError(
                 f"{name} is not a setting of a module in Lightning; pass Trainer({OF_THE_TRAINER[name]})"
@@ -125,6 +128,7 @@ class DistillationModule(LightningModule):  # type: ignore[misc]  # Lightning is
         self.trainer.fit_loop.setup_data()
         for sample in _samples(self.trainer.train_dataloader):
             self.distiller.preflight(to_device(sample, self.trainer.strategy.root_device))
+        check_trains(self.distiller)
         if self.settings.compile:
             self.distiller.compile_student()
 
@@ -372,7 +376,10 @@ def _samples(loader: Any) -> list[Batch]:
     """Small batches to check a Distiller on."""
     if isinstance(loader, Steps):
         return loader.batches.samples()
-    return [as_batch(next(iter(loader)))]
+    first = next(iter(loader), None)
+    if first is None:
+        raise ValueError("the training loader is empty; check its data set and drop_last")
+    return [as_batch(first)]
 
 
 def _from_all_ranks(own: Any, world: int) -> list[Any]:

@@ -21,6 +21,7 @@ from limbeck.train.callbacks import Callback, State, TrackerLog
 from limbeck.train.data import Batches, Step
 from limbeck.train.mixing import MixedBatches, train_batches
 from limbeck.train.ranks import Interrupts, global_counts, place, share_signals, start_accelerator
+from limbeck.train.refusals import check_callbacks, check_folder, check_kinds, check_trains
 from limbeck.train.saving import Checkpointer, identity
 from limbeck.train.scoring import MetricLike, Scoring
 from limbeck.train.settings import Settings
@@ -90,6 +91,7 @@ def fit(
             last good checkpoint.
         KeyboardInterrupt: Ctrl-C, on every rank, after a checkpoint was written.
         OSError: the disk is full; the last checkpoint stays.
+        TypeError: arguments of another kind.
         ValueError: whatever the preflight finds wrong with models, terms or data, a folder that holds another
             training, or settings that choose by evaluations where there are none.
 
@@ -101,7 +103,12 @@ def fit(
         >>> fit(distiller, data, data, Settings(epochs=8, learning_rate=0.1)).history[-1]
         (16, 1.0)
     """
-    settings = settings or Settings()
+    settings = Settings() if settings is None else settings
+    check_kinds(distiller, settings)
+    if isinstance(eval_data, Settings):
+        raise TypeError("Settings stand where data for evaluations do; write fit(distiller, data, settings=...)")
+    check_callbacks(callbacks, Callback)
+    check_folder(folder)
     if eval_data is None and (settings.best or settings.patience is not None):
         raise ValueError("best and patience choose by evaluations; pass eval_data, or leave them out")
     scoring = None if eval_data is None else Scoring(eval_data, metric)
@@ -161,6 +168,7 @@ class _Training:
         with self._autocast():  # a teacher that is remembered is not asked again
             for sample in samples:
                 self.distiller.preflight(sample)
+        check_trains(self.distiller)
         self.placement = place(self.distiller, settings, accelerator, samples)
         self.distiller, self.optimizer = self.placement.distiller, self.placement.optimizer
         total = settings.total_steps(len(batches))

@@ -24,7 +24,9 @@ from limbeck.train.checkpoint import random_state, set_random_state
 from limbeck.train.loop import AUTOCAST
 from limbeck.train.plain_state import WEIGHTS, Callback, Draws, Keeping, State
 from limbeck.train.ranks import start_accelerator
+from limbeck.train.refusals import check_callbacks, check_folder
 from limbeck.train.settings import Settings
+from limbeck.types import Output
 
 __all__ = ["WEIGHTS", "Callback", "Loop", "State", "size_of"]
 
@@ -72,8 +74,9 @@ class Loop:
         place: Whether batches are placed on the device; False where the step does so itself.
 
     Raises:
-        TypeError: a loader that gives nothing.
-        ValueError: epochs and steps, or neither; parameters that are in no part of the model; an empty loader.
+        TypeError: a loader that gives nothing, callbacks that are none.
+        ValueError: epochs and steps, or neither; parameters that are in no part of the model; an empty loader; a
+            file where the folder shall be.
 
     Example:
         >>> model, data = nn.Linear(1, 1), [torch.ones(8, 1)] * 4
@@ -264,6 +267,11 @@ class Loop:
         loader: Any = self._first
         if not isinstance(loader, Iterable):
             raise TypeError(f"the loader gives batches, got {type(loader).__name__}; pass a DataLoader or a list")
+        check_callbacks(self.callbacks, Callback)
+        check_folder(self.folder)
+        for name, known in (("precision", AUTOCAST), ("scheduler_every", ("step", "epoch"))):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}, got {value!r}")
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"train for epochs or for steps, got epochs={self.epochs} and steps={self.steps}")
         for name in ("epochs", "steps", "epoch_steps", "accumulation", "checkpoint_every", "keep"):
@@ -312,9 +320,15 @@ class _Called(nn.Module):
 
 
 def _single(loss: Any) -> Tensor:
+    if isinstance(loss, Output):
+        raise TypeError("a step returns its loss, a tensor with one number, got a Distiller's output; add .loss")
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"a step returns its loss, a tensor with one number, got {got}; take the mean")
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss of a step depends on nothing that trains; compute it with the model, undetached"
+        )
     return loss.reshape(())
 
 

@@ -119,7 +119,8 @@ class Checkpointer:
             files.write_tree(own, partial, f"rank-{accelerator.process_index}")
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                state.checkpoint = files.finish(partial, self.settings.keep)
+                files.finish(partial, self.settings.keep)
+            state.checkpoint = files.step_folder(self.folder, state.step)  # each rank says where to go on
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one.

@@ -156,8 +156,8 @@ def main():
     data = examples(arguments.examples)
     try:
         result = fit(trained, data, data, settings, callbacks=callbacks, folder=arguments.folder)
-    except KeyboardInterrupt:
-        say("interrupted")
+    except KeyboardInterrupt as error:
+        say(str(error))
         return
     assert Accelerator().num_processes == arguments.ranks
     assert type(trained.export()) is BertForSequenceClassification
