@@ -85,7 +85,7 @@ def check_offers(terms: Sequence[Term], teacher_of: Callable[[str | None], Teach
         with in_term(term):
             teacher = teacher_of(term.task)
         if teacher is None:
-            raise ValueError(f"{where(term)} needs a teacher, and there is none")
+            raise ValueError(f"{where(term)} needs a teacher, and there is none; name one, or drop the term")
         missing = next((tap for tap in term.teacher_taps if not teacher.offers(tap)), None)
         if missing is not None:
             hint = nearest(missing, teacher.names())

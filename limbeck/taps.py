@@ -300,7 +300,7 @@ class Recorder:
                 found[text] = pick(named[text], "", text)
                 continue
             if tap.name not in named:
-                raise ValueError(f"the model gave no {tap.name!r}; {nearest(tap.name, named)}")
+                raise ValueError(f"{type(self.model).__name__} gave no {tap.name!r}; {nearest(tap.name, named)}")
             found[text] = pick(named[tap.name], tap.part, text)
         sight.forget()
         del self._of_threads[threading.get_ident()]

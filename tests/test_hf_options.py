@@ -16,8 +16,9 @@ from limbeck.stages import block_by_block
 from limbeck.tasks.builtin import train_tokenizer
 from limbeck.teachers import ModuleTeacher
 from limbeck.train.hf import DistillationTrainer, Seq2SeqDistillationTrainer
+from limbeck.train.hf_terms import label_terms
 from limbeck.types import Signal
-from tests.hf_cases import arguments, assert_same_weights, classes, padded, sequences, texts
+from tests.hf_cases import arguments, assert_same_weights, classes, padded, sequences, spans, texts
 from tests.models import bert, hooks, perceptron
 from tests.tiny import BAD, FILLER, GOOD
 from tests.tiny import table as tiny_table
@@ -577,3 +578,19 @@ def test_any_module_may_be_the_student(tmp_path):
     )
     made.train()
     assert made.predict(data).predictions.shape == (16, 3)
+
+
+def test_answers_beyond_the_text_do_not_count(tmp_path):
+    """As of features that were cut; the student's own loss leaves them out, too."""
+    student, _, data, _ = spans()
+    data[0]["end_positions"] = data[1]["start_positions"] = 40
+    expected = student(**padded(data[:8])).loss.item()
+    trained = DistillationTrainer(
+        student,
+        arguments(tmp_path, max_steps=1),
+        train_dataset=data,
+        data_collator=padded,
+        terms=label_terms(student),
+    )
+    trained.train()
+    assert trained.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-6)

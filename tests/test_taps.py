@@ -188,7 +188,7 @@ def test_read_may_call_an_output_hidden_states():
 
 
 def test_an_output_that_the_model_does_not_give():
-    with pytest.raises(ValueError, match="the model gave no 'pooler_output'; known: logits"):
+    with pytest.raises(ValueError, match="gave no 'pooler_output'; known: logits"):
         see(perceptron(), ["pooler_output"], points()[0])
 
 

@@ -28,6 +28,7 @@ from limbeck.train.hf_checks import check_arguments, check_covered, check_made
 from limbeck.train.hf_data import (
     PARTS,
     Entries,
+    SpansWithin,
     StudentOnly,
     base_of,
     labels_of_first,
@@ -259,8 +260,7 @@ class _Distilling(Base):  # type: ignore[misc]
     def _get_dataloader(self, *arguments: Any, is_training: bool = False, **named: Any) -> Any:
         """A loader; an evaluation's gives the student what is for it."""
         whole = self.data_collator
-        if not is_training:
-            self.data_collator = StudentOnly(whole, self._entries())
+        self.data_collator = SpansWithin(whole) if is_training else StudentOnly(whole, self._entries())
         try:
             return super()._get_dataloader(*arguments, is_training=is_training, **named)
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +20,7 @@ from limbeck.teachers.own import WithoutAdapter
 from limbeck.teachers.remote import FIELD
 from limbeck.terms import Term
 from limbeck.train.checkpoint import random_state, set_random_state
-from limbeck.types import EXAMPLE_ID, INPUTS, LABELS, STUDENT, TASK, TEACHER, TEACHER_CACHE
+from limbeck.types import EXAMPLE_ID, IGNORE_INDEX, INPUTS, LABELS, STUDENT, TASK, TEACHER, TEACHER_CACHE
 
 BESIDE = (EXAMPLE_ID, TASK, TEACHER_CACHE, STUDENT, TEACHER, INPUTS, LABELS, "label", "label_ids")
 """Entries of a batch that a distillation knows, whatever the models take."""
@@ -29,6 +29,9 @@ PARTS = (STUDENT, TEACHER, TEACHER_CACHE)
 """Columns that are always read, unless they are texts, which only share the name."""
 
 TEXTS = ("string", "large_string")
+
+SPANS = ("start_positions", "end_positions")
+"""Where an answer begins and ends, among the labels."""
 
 SAMPLE = 2
 
@@ -115,6 +118,32 @@ class StudentOnly:
     def __call__(self, examples: Sequence[Any]) -> Any:
         """A batch without what is for the teacher."""
         return self.entries.of_student(self.collate(examples))
+
+
+@dataclass(frozen=True)
+class SpansWithin:
+    """Collates examples; an answer that begins or ends beyond the text does not count, as in transformers' models.
+
+    Example:
+        >>> batch = {"input_ids": torch.zeros(2, 5), "start_positions": torch.tensor([4, 5])}
+        >>> SpansWithin(lambda examples: batch)([])["start_positions"]
+        tensor([   4, -100])
+    """
+
+    collate: Collate
+
+    def __call__(self, examples: Sequence[Any]) -> Any:
+        """A batch whose positions lie within its texts, or are marked."""
+        batch = self.collate(examples)
+        texts = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if not isinstance(texts, Tensor):
+            return batch
+        marked = {
+            key: torch.where(batch[key] < texts.shape[1], batch[key], IGNORE_INDEX)
+            for key in SPANS
+            if isinstance(batch.get(key), Tensor)
+        }
+        return {**batch, **marked}
 
 
 def _reads(teacher: Teacher) -> list[str] | None:
