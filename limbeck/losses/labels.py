@@ -68,7 +68,8 @@ def known_labels(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDE
         outside = index[(index < 0) | (index >= logits.shape[-1])]
         if outside.numel():
             raise ValueError(
-                f"label {outside[0].item()} lies outside the {logits.shape[-1]} classes; mark what has none with {ignore_index}"
+                f"label {outside[0].item()} lies outside the {logits.shape[-1]} classes; "
+                f"mark what has none with {ignore_index}"
             )
     return index, counts
 
