@@ -20,6 +20,7 @@ from limbeck.compat.textbrewer import (
     losses,
     presets,
 )
+from limbeck.compat.textbrewer.distiller_utils import post_adaptor, sum_of
 from limbeck.losses import evaluate
 from limbeck.report.parameters import parameter_tree
 from limbeck.tasks import noise
@@ -464,7 +465,7 @@ def test_configurations_come_from_dicts_and_files_and_go_back(tmp_path):
     ("config", "error", "message"),
     [
         ({"temprature": 2}, TypeError, "no option 'temprature'; did you mean 'temperature'"),
-        ({"temperature": 0}, ValueError, "a temperature must be positive, got 0"),
+        ({"temperature": 0}, ValueError, "a temperature must be positive and finite, got 0"),
         ({"kd_loss_type": "kl"}, ValueError, "unknown kd_loss_type 'kl'; known: ce, mse"),
         ({"kd_loss_weight": -1}, ValueError, "kd_loss_weight must be a number from 0 on, got -1"),
         (
@@ -473,7 +474,7 @@ def test_configurations_come_from_dicts_and_files_and_go_back(tmp_path):
             "unknown temperature_scheduler 'flws'; did you mean 'flsw'",
         ),
         ({"kd_loss_weight_scheduler": "linear"}, ValueError, "did you mean 'linear_decay'"),
-        ({"intermediate_matches": [{"layer_T": 1}]}, TypeError, "missing 4 required"),
+        ({"intermediate_matches": [{"layer_T": 1}]}, TypeError, "needs 'layer_S'"),
         (
             {"intermediate_matches": [match("cos") | {"layers": 1}]},
             TypeError,
@@ -488,6 +489,18 @@ def test_configurations_come_from_dicts_and_files_and_go_back(tmp_path):
         ({"intermediate_matches": [match("cos") | {"feature": "hiden"}]}, ValueError, "did you mean 'hidden'"),
         ({"intermediate_matches": [match("cos", proj=["lin", 8, 12])]}, ValueError, "unknown projection 'lin'"),
         ({"intermediate_matches": [match("cos", proj=["linear", 8])]}, ValueError, "a projection is written"),
+        ({"intermediate_matches": [match("cos", proj=["linear", 8, 12, 1e-3])]}, ValueError, "is written"),
+        ({"intermediate_matches": [match("cos", proj="linear")]}, ValueError, "a projection is written"),
+        ({"intermediate_matches": match("cos")}, TypeError, "intermediate_matches is a list of dicts"),
+        ({"intermediate_matches": [[1, 1]]}, TypeError, r"is made of a dict, got \[1, 1\]"),
+        ({"intermediate_matches": [match("cos") | {"weight": "1"}]}, TypeError, "weight of a match must be a num"),
+        ({"intermediate_matches": [match("cos") | {"layer_T": "1"}]}, TypeError, "layer_T is a layer's number"),
+        ({"temperature": "8"}, TypeError, "temperature must be a number, got '8'"),
+        ({"kd_loss_type": ["ce"]}, TypeError, "kd_loss_type is 'ce' or 'mse'"),
+        ({"temperature_scheduler": "flsw"}, ValueError, r"write \['flsw', beta, gamma\]"),
+        ({"temperature_scheduler": ["flsw", 1]}, ValueError, "does not take .*'gamma'"),
+        ({"temperature_scheduler": []}, ValueError, "unknown temperature_scheduler None"),
+        ([1], TypeError, r"DistillationConfig is made of a dict, got \[1\]"),
     ],
 )
 def test_wrong_configurations_are_refused(config, error, message):
@@ -495,8 +508,65 @@ def test_wrong_configurations_are_refused(config, error, message):
         textbrewer.DistillationConfig.from_dict(config)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"device": "gpu"}, ValueError, "unknown device 'gpu'"),
+        ({"ckpt_steps": "5"}, TypeError, "ckpt_steps must be a number, got '5'"),
+        ({"gradient_accumulation_steps": 1.5}, ValueError, "whole number of at least 1, got 1.5"),
+        ({"fp16_opt_level": "O9"}, ValueError, "unknown fp16_opt_level 'O9'"),
+    ],
+)
+def test_wrong_training_configurations_are_refused(options, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        textbrewer.TrainingConfig(output_dir=tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "teachers", "message"),
+    [
+        ("GeneralDistiller", lambda one: [one], "GeneralDistiller has one teacher, got a list"),
+        ("MultiTeacherDistiller", lambda one: one, "a list of teachers, got a Linear"),
+        ("MultiTeacherDistiller", lambda one: [], r"a list of teachers, got \[\]"),
+        ("MultiTaskDistiller", lambda one: one, "a dict of teachers by task, got a Linear"),
+    ],
+)
+def test_as_many_teachers_as_the_distiller_has(kind, teachers, message, tmp_path):
+    configs = textbrewer.TrainingConfig(output_dir=tmp_path), textbrewer.DistillationConfig()
+    models = teachers(nn.Linear(2, 3)), nn.Linear(2, 3)
+    with pytest.raises(TypeError, match=message):
+        getattr(textbrewer, kind)(*configs, *models, None, None)
+    with pytest.raises(TypeError, match="first argument of a distiller is a TrainingConfig, got a Distill"):
+        getattr(textbrewer, kind)(*reversed(configs), *models, None, None)
+
+
+def test_projections_that_do_not_fit_are_refused_in_the_scripts_own_words(brew):
+    wrong = {"intermediate_matches": [match("hidden_mse", proj=["linear", 7, 8])]}
+    with pytest.raises(ValueError, match=r"takes a width of 7, and hidden 1 of the student .* write dim_S=8"):
+        brew(("hidden",), wrong)
+    with pytest.raises(ValueError, match=r"width of 7 .* with 8 .* write 'proj': \['linear', dim_S, 8\]"):
+        brew(("hidden",), {"intermediate_matches": [match("hidden_mse", proj=["linear", 8, 7])]})
+    misspelled = {"intermediate_matches": [match("hidden_mse", proj=["linear", 8, 8, {"lrr": 0.1}])]}
+    with pytest.raises(TypeError, match="for a projection has no option 'lrr'; did you mean 'lr'"):
+        brew(("hidden",), misspelled)
+
+
+def test_an_adaptor_that_gives_no_losses_for_labels_that_count_is_told(brew):
+    with pytest.warns(UserWarning, match=r"hard_label_weight is 1, .* no 'losses', only \['logits'\]"):
+        brew(("logits",), {"hard_label_weight": 1})
+
+
+def test_what_an_adaptor_gives_as_none():
+    """Hidden states are None in a model that was not asked for them, and an adaptor may give them all the same."""
+    assert post_adaptor({"logits": 1, "hidden": None, "labels": None}) == {"logits": [1]}
+    with pytest.raises(TypeError, match="an adaptor gave None for 'losses'"):
+        post_adaptor({"losses": None})
+    with pytest.raises(TypeError, match="the losses of an adaptor are tensors, got None"):
+        sum_of([None])
+
+
 def test_wrong_trainings_are_refused(brew, tmp_path):
-    with pytest.raises(ValueError, match="ckpt_frequency must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="ckpt_frequency must be a whole number of at least 1, got 0"):
         textbrewer.TrainingConfig(ckpt_frequency=0, output_dir=tmp_path)
     if not torch.cuda.is_available():
         assert textbrewer.TrainingConfig(output_dir=tmp_path).device == "cpu"

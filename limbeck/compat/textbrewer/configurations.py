@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,16 @@ class Config:
         """Make it from a dict.
 
         Raises:
-            TypeError: an unknown key; the message says the nearest.
+            TypeError: no dict, an unknown key (the message says the nearest), or one that is missing.
         """
-        refuse_unknown(dict_object, [field.name for field in fields(cls)], cls.__name__)
-        return cls(**dict_object)
+        given: Any = dict_object
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{cls.__name__} is made of a dict, got {given!r}; write its options by their names")
+        refuse_unknown(given, [field.name for field in fields(cls)], cls.__name__)
+        for field in fields(cls):
+            if field.default is MISSING and field.name not in given:
+                raise TypeError(f"{cls.__name__} needs {field.name!r}, and got only {sorted(given)}; add it")
+        return cls(**given)
 
     @classmethod
     def from_json_file(cls, json_filename: str | Path) -> Self:
@@ -111,13 +118,14 @@ class TrainingConfig(Config):
         super().__post_init__()
         for name in ("gradient_accumulation_steps", "ckpt_frequency", "ckpt_epoch_frequency", "ckpt_steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and (_number(name, value) < 1 or value != int(value)):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
+        find(self.fp16_opt_level, dict.fromkeys(("O0", "O1", "O2", "O3")), "fp16_opt_level")
         if self.device is None:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+        if _kind_of(self.device) == "cuda" and not torch.cuda.is_available():
             raise ValueError(
-                f"device is {self.device!r}, and there is no GPU; write device='cpu', or leave it out"
+                f"device is {str(self.device)!r}, and there is no GPU; write device='cpu', or leave it out"
             )
         Path(self.output_dir).mkdir(parents=True, exist_ok=True)
 
@@ -149,13 +157,19 @@ class IntermediateMatch(Config):
         super().__post_init__()
         find(self.loss, MATCH_LOSS_MAP, "match loss")
         find(self.feature, dict.fromkeys(FEATURES), "feature")
+        _number("the weight of a match", self.weight)
+        for name in ("layer_T", "layer_S"):
+            layers = getattr(self, name)
+            if isinstance(layers, str) or not all(isinstance(layer, Integral) for layer in several(layers)):
+                raise TypeError(f"{name} is a layer's number or a list of them, got {layers!r}")
         counts = {len(several(self.layer_S)), len(several(self.layer_T))}
         if len(counts) > 1 or (self.loss in PAIRED and counts != {2}):
             wanted = "two layers of each model" if self.loss in PAIRED else "as many layers of both models"
             layers = f"layer_S={self.layer_S} and layer_T={self.layer_T}"
             raise ValueError(f"loss {self.loss!r} compares {wanted}, got {layers}")
         if self.proj:
-            self.proj = _projection(*self.proj)
+            given = self.proj
+            self.proj = _projection(*([given] if isinstance(given, str) else given))
 
 
 @dataclass(repr=False)
@@ -187,9 +201,37 @@ def several(layers: int | Sequence[int]) -> Sequence[int]:
 def _projection(kind: str, *dims: Any) -> list[Any]:
     """``[kind, dim_S, dim_T, options]``."""
     find(kind, PROJ_MAP, "projection")
-    if len(dims) not in (2, 3) or not all(isinstance(dim, int) for dim in dims[:2]):
-        raise ValueError(f"a projection is written [{kind!r}, dim_S, dim_T], got {[kind, *dims]}")
-    return [kind, *dims[:2], dict(dims[2]) if len(dims) == 3 else {}]
+    sizes, options = dims[:2], dims[2] if len(dims) == 3 else {}
+    is_sized = len(dims) in (2, 3) and all(isinstance(size, Integral) and int(size) > 0 for size in sizes)
+    if not is_sized or not isinstance(options, Mapping):
+        wanted = f"[{kind!r}, dim_S, dim_T] or [{kind!r}, dim_S, dim_T, {{'lr': 0.001}}]"
+        raise ValueError(f"a projection is written {wanted}, got {[kind, *dims]}")
+    return [kind, *sizes, dict(options)]
+
+
+def _number(name: str, value: Any) -> Any:
+    """The value, where it is a number.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return value
+
+
+def _kind_of(device: Any) -> str:
+    """``"cpu"``, ``"cuda"`` and so on.
+
+    Raises:
+        ValueError: what PyTorch knows as no device.
+    """
+    if isinstance(device, int):  # a GPU by its number
+        return "cuda"
+    try:
+        return torch.device(device).type
+    except (RuntimeError, TypeError):
+        raise ValueError(f"unknown device {device!r}; write 'cpu', 'cuda' or 'cuda:0'") from None
 
 
 @dataclass(repr=False)
@@ -232,16 +274,23 @@ class DistillationConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
-            raise ValueError(f"a temperature must be positive, got {self.temperature}")
+        if not 0 < _number("temperature", self.temperature) < math.inf:
+            raise ValueError(f"a temperature must be positive and finite, got {self.temperature}")
+        if not isinstance(self.kd_loss_type, str):  # it is looked up by its name
+            raise TypeError(f"kd_loss_type is 'ce' or 'mse', got {self.kd_loss_type!r}")
         find(self.kd_loss_type, KD_LOSS_MAP, "kd_loss_type")
         for name in ("hard_label_weight", "kd_loss_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if not 0 <= _number(name, getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be a number from 0 on, got {getattr(self, name)}")
         for name in ("temperature_scheduler", "hard_label_weight_scheduler", "kd_loss_weight_scheduler"):
             table = TEMPERATURE_SCHEDULER if name == "temperature_scheduler" else WEIGHT_SCHEDULER
             chosen = getattr(self, name)
+            if chosen in ("flsw", "cwsm"):
+                options = "beta, gamma" if chosen == "flsw" else "beta"
+                raise ValueError(f"temperature_scheduler {chosen!r} has options; write [{chosen!r}, {options}]")
             setattr(self, name, None if chosen in (None, "none") else find(chosen, table, name))
+        if isinstance(self.intermediate_matches, (str, Mapping)):
+            raise TypeError(f"intermediate_matches is a list of dicts, got {self.intermediate_matches!r}")
         self.intermediate_matches = [
             match if isinstance(match, IntermediateMatch) else IntermediateMatch.from_dict(match)
             for match in self.intermediate_matches or ()

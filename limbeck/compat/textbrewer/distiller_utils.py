@@ -66,7 +66,7 @@ def post_adaptor(dict_object: Mapping[str, Any]) -> dict[str, Any]:
     """What an adaptor gave, with lists where there may be several.
 
     Raises:
-        TypeError: the adaptor returned no dict.
+        TypeError: the adaptor returned no dict, or None for its logits or losses.
 
     Example:
         >>> post_adaptor({"losses": 1.0})
@@ -75,7 +75,11 @@ def post_adaptor(dict_object: Mapping[str, Any]) -> dict[str, Any]:
     given: Any = dict_object
     if not isinstance(given, Mapping):
         raise TypeError(f"an adaptor returns a dict, got {type(given).__name__}")
-    return {k: [v] if k in LISTED and not isinstance(v, (list, tuple)) else v for k, v in given.items()}
+    for name in ("logits", "losses"):
+        if given.get(name, ()) is None:
+            raise TypeError(f"an adaptor gave None for {name!r}; leave {name!r} out where there is none")
+    there = {k: v for k, v in given.items() if v is not None}  # hidden states that a model was not asked for
+    return {k: [v] if k in LISTED and not isinstance(v, (list, tuple)) else v for k, v in there.items()}
 
 
 def select_logits_with_mask(
@@ -144,6 +148,75 @@ def probability_shift_(tensor: Tensor, labels: Tensor) -> Tensor:
         tensor([[2., 5.]])
     """
     return probability_shift(tensor, tensor, labels=torch.where(labels < 0, -100, labels))[1]
+
+
+def refuse_other(config: Any, kind: type, place: str) -> None:
+    """Refuse a configuration of another kind.
+
+    Raises:
+        TypeError: it is of another kind.
+    """
+    if not isinstance(config, kind):
+        raise TypeError(f"the {place} argument of a distiller is a {kind.__name__}, got {said(config)}")
+
+
+def said(given: Any) -> str:
+    """What was given, in few words.
+
+    Example:
+        >>> said([]), said([1])
+        ('[]', 'a list')
+    """
+    return f"a {type(given).__name__}" if given or not isinstance(given, (list, tuple, dict)) else f"{given!r}"
+
+
+def sum_of(losses: Sequence[Any]) -> Any:
+    """The sum of an adaptor's losses.
+
+    Raises:
+        TypeError: one that is no tensor, from which nothing can be learned.
+
+    Example:
+        >>> sum_of([torch.tensor([1.0, 3.0]), torch.tensor(4.0)])
+        tensor(6.)
+    """
+    for loss in losses:
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"the losses of an adaptor are tensors, got {loss!r}; is the student given its labels?"
+            )
+    return sum(loss.mean() for loss in losses)
+
+
+def check_projected(match: IntermediateMatch, student: Sequence[Tensor]) -> None:
+    """Check that a projection takes states of this width.
+
+    Raises:
+        ValueError: it takes another one.
+    """
+    if match.proj is None or match.proj[0] not in ("linear", "relu", "tanh"):
+        return
+    for state in student:
+        if state.shape[-1] != match.proj[1]:
+            raise ValueError(
+                f"proj {list(match.proj[:3])} of {match.loss} takes a width of {match.proj[1]}, and "
+                f"{match.feature} {match.layer_S} of the student is {tuple(state.shape)}; write "
+                f"dim_S={state.shape[-1]}"
+            )
+
+
+def check_widths(match: IntermediateMatch, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
+    """Check that states, projected, are as wide as the teacher's, for losses that compare number by number.
+
+    Raises:
+        ValueError: the widths differ.
+    """
+    widths = student[0].shape[-1], teacher[0].shape[-1]
+    if match.loss in ("hidden_mse", "cos", "pkd") and widths[0] != widths[1]:
+        raise ValueError(
+            f"{match.loss} compares a width of {widths[0]} ({match.feature} {match.layer_S} of the student) with "
+            f"{widths[1]} ({match.layer_T} of the teacher); write 'proj': ['linear', dim_S, {widths[1]}]"
+        )
 
 
 def move_to_device(batch: Any, device: Any) -> Any:

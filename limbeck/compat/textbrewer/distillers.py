@@ -19,11 +19,16 @@ from limbeck.compat.textbrewer.configurations import (
 )
 from limbeck.compat.textbrewer.distiller_utils import (
     auto_forward,
+    check_projected,
+    check_widths,
     get_outputs_from_batch,
     logits_of,
     move_to_device,
     post_adaptor,
     probability_shift_,
+    refuse_other,
+    said,
+    sum_of,
 )
 from limbeck.compat.textbrewer.losses import CORRECT
 from limbeck.compat.textbrewer.presets import KD_LOSS_MAP, MATCH_LOSS_MAP, PROJ_MAP, find
@@ -63,7 +68,10 @@ class AbstractDistiller(Trains):
         adaptor_T: Any,
         adaptor_S: Any,
     ) -> None:
+        refuse_other(train_config, TrainingConfig, "first")
+        refuse_other(distill_config, DistillationConfig, "second")
         super().__init__(train_config, model_T, model_S)
+        self._check_teachers(model_T)
         self.d_config, self._given = copy.copy(distill_config), distill_config
         self.adaptor_T, self.adaptor_S = adaptor_T, adaptor_S
         self.kd_loss = self._as_configured(KD_LOSS_MAP[distill_config.kd_loss_type])
@@ -75,6 +83,9 @@ class AbstractDistiller(Trains):
         self.projs = [None if proj is None else PROJ_MAP[proj[0]](*proj[1:3]) for proj in projections]
         self.projs_group = [None if proj is None else proj[3] for proj in projections]
         self._memories: dict[str | None, Remembered] = {}
+
+    def _check_teachers(self, model_T: Any) -> None:
+        """Refuse what is not as many teachers as this distiller has; a user's own may have any."""
 
     def train_on_batch(self, batch: Any, args: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The loss of a batch, and what it is made of.
@@ -110,8 +121,13 @@ class AbstractDistiller(Trains):
             name = f"{match.feature}_{match.loss}_{'_'.join(layers)}"
             yield name, match.weight, self._of_layers(match, project, results_S, results_T)
         if "losses" in results_S:
-            value = sum(loss.mean() for loss in results_S["losses"])
-            yield "hard_label_loss", self.d_config.hard_label_weight, value
+            yield "hard_label_loss", self.d_config.hard_label_weight, sum_of(results_S["losses"])
+        elif (weight := self._given.hard_label_weight) > 0:
+            warnings.warn(
+                f"hard_label_weight is {weight}, and the student's adaptor gave no 'losses', "
+                f"only {sorted(results_S)}: the labels teach nothing",
+                stacklevel=2,
+            )
 
     def _of_logits(self, logits_S: Tensor, logits_T: Tensor, labels: Tensor | None) -> Tensor:
         """The loss of one pair of logits (N, C)."""
@@ -134,8 +150,10 @@ class AbstractDistiller(Trains):
         """The loss between one layer and one, or between two and two."""
         ours = _layers_of(results_S, match.layer_S, match, "student")
         theirs = _layers_of(results_T, match.layer_T, match, "teacher")
+        check_projected(match, ours)
         if project is not None:
             ours = [project(full_precision(state)) for state in ours]
+        check_widths(match, ours, theirs)
         sides = (ours, theirs) if isinstance(match.layer_S, Sequence) else (ours[0], theirs[0])
         return self._as_configured(MATCH_LOSS_MAP[match.loss])(*sides, mask=results_S.get("inputs_mask"))
 
@@ -225,6 +243,13 @@ class GeneralDistiller(AbstractDistiller):
             "teacher": Watched(model_T, [match.module_T for match in self._custom]),
         }
 
+    def _check_teachers(self, model_T: Any) -> None:
+        if isinstance(model_T, (list, tuple, dict)):
+            raise TypeError(
+                f"{type(self).__name__} has one teacher, got a {type(model_T).__name__}; use "
+                "MultiTeacherDistiller for a list, and MultiTaskDistiller for a dict"
+            )
+
     def match(self, results_S: Results, results_T: Results) -> Iterator[tuple[str, float, Any]]:
         """Name, weight and value of each loss, those of custom matches last."""
         yield from super().match(results_S, results_T)
@@ -252,6 +277,10 @@ class GeneralDistiller(AbstractDistiller):
 class MultiTeacherDistiller(AbstractDistiller):
     """Several teachers of one task, by the mean of their logits; `adaptor_T` may be a list with one for each."""
 
+    def _check_teachers(self, model_T: Any) -> None:
+        if not isinstance(model_T, (list, tuple)) or not model_T:
+            raise TypeError(f"MultiTeacherDistiller has a list of teachers, got {said(model_T)}")
+
     def _adapt(self, adaptor: Any, batch: Any, outputs: Any) -> dict[str, Any]:
         adaptors = list(adaptor) if isinstance(adaptor, (list, tuple)) else [adaptor] * len(outputs)
         if len(adaptors) != len(outputs):
@@ -267,6 +296,10 @@ class MultiTaskDistiller(AbstractDistiller):
     """Several tasks, each with a teacher and adaptors of its own: dicts by the tasks' names."""
 
     reads_layers = True
+
+    def _check_teachers(self, model_T: Any) -> None:
+        if not isinstance(model_T, Mapping):
+            raise TypeError(f"MultiTaskDistiller has a dict of teachers by task, got {said(model_T)}")
 
     @in_either_order
     def train(  # its second argument is the data of all tasks
@@ -301,6 +334,13 @@ class MultiTaskDistiller(AbstractDistiller):
         Raises:
             ValueError: tasks with data that lack a teacher or an adaptor.
         """
+        for name, given in (
+            ("dataloaders", dataloaders),
+            ("adaptor_T", self.adaptor_T),
+            ("adaptor_S", self.adaptor_S),
+        ):
+            if not isinstance(given, Mapping):
+                raise TypeError(f"{name} of several tasks is a dict by their names, got {said(given)}")
         for name in ("model_T", "adaptor_T", "adaptor_S"):
             if not set(dataloaders) <= set(getattr(self, name)):
                 has, data = sorted(getattr(self, name)), sorted(dataloaders)
@@ -347,7 +387,7 @@ class BasicTrainer(Trains):
         results = post_adaptor(self.adaptor(batch, auto_forward(self.model_S, batch, args)))
         if "losses" not in results:
             raise ValueError(f"the adaptor gave no 'losses', only {sorted(results)}; there is nothing to train by")
-        return sum(loss.mean() for loss in results["losses"])
+        return sum_of(results["losses"])
 
 
 def _nested(flat: Mapping[str, Tensor]) -> Results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -95,7 +96,7 @@ def find(entry: Any, table: Mapping[str, Any], what: str) -> Any:
     """An entry of a table: by its name, or as ``[name, *options]`` or ``[name, {option: value}]`` made of them.
 
     Raises:
-        ValueError: there is none of this name; the message says the nearest.
+        ValueError: there is none of this name (the message says the nearest), or the options do not fit.
 
     Example:
         >>> find(["power", 3, 3], {"power": lambda base, to: base**to}, "function")
@@ -104,9 +105,15 @@ def find(entry: Any, table: Mapping[str, Any], what: str) -> Any:
         Traceback (most recent call last):
         ValueError: unknown match loss 'hiden_mse'; did you mean 'hidden_mse'?
     """
-    name, *options = entry if isinstance(entry, (list, tuple)) else [entry]
-    if name not in table:
+    name, *options = (entry or [None]) if isinstance(entry, (list, tuple)) else [entry]
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"unknown {what} {name!r}; {nearest(str(name), table)}")
-    if len(options) == 1 and isinstance(options[0], Mapping):
-        return table[name](**options[0])
-    return table[name](*options) if options else table[name]
+    if not options:
+        return table[name]
+    is_named = len(options) == 1 and isinstance(options[0], Mapping)
+    arguments, named = ((), options[0]) if is_named else (options, {})
+    try:
+        inspect.signature(table[name]).bind(*arguments, **named)
+    except TypeError as error:
+        raise ValueError(f"{what} {name!r} does not take {options}: {error}") from None
+    return table[name](*arguments, **named)

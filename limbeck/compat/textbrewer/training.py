@@ -14,6 +14,7 @@ from typing_extensions import Self
 from limbeck.atomic import replacing
 from limbeck.compat.textbrewer.configurations import TrainingConfig
 from limbeck.compat.textbrewer.distiller_utils import each, logger
+from limbeck.registry import refuse_unknown
 from limbeck.train import plain
 from limbeck.train.scalars import Scalars
 
@@ -176,11 +177,13 @@ class Trains:
         return []
 
     def _add_projections(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        known = {*optimizer.defaults, *(name for group in optimizer.param_groups for name in group)}
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for module, options in self._groups():
             new = [p for p in module.parameters() if p not in held]
             if new and scheduler is not None:
                 raise ValueError("projections are added to the optimizer after scheduler=; use scheduler_class=")
+            refuse_unknown(options, known, f"{type(optimizer).__name__} for a projection")
             if new:
                 optimizer.add_param_group({"params": new, **options})
 
