@@ -830,3 +830,42 @@ def test_the_state_manager_knows_what_is_converted():
     model = converted(nn.MSELoss())
     assert mtd.ModeloptStateManager(nn.DataParallel(model)).has_state
     assert not mtd.ModeloptStateManager.is_converted(mtd.export(model))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mtd.LogitsDistillationLoss(temperature=0), "temperature must be a finite number above 0, got 0"),
+        (lambda: mtd.LogitsDistillationLoss(temperature=float("nan")), "finite number above 0, got nan"),
+        (lambda: mtd.LogitsDistillationLoss(temperature="2"), "temperature must be a number, got '2'"),
+        (lambda: mtd.MFTLoss(threshold=".1"), "threshold must be a number, got '.1'"),
+        (lambda: mtd.MGDLoss(-1, 8), "at least 1, got -1"),
+        (lambda: mtd.MGDLoss(8, 8, lambda_mgd=2.0), "a share from 0 to 1, got 2.0"),
+        (lambda: mtd.MGDLoss(8, 8)(torch.ones(4, 8), torch.ones(4, 8)), r"compares maps \(B, C, H, W\)"),
+        (lambda: mtd.StaticLossBalancer(float("nan")), "kd_loss_weight must be a finite number, got nan"),
+        (lambda: mtd.StaticLossBalancer("1"), "kd_loss_weight must be a number, got '1'"),
+        (lambda: mtd.StaticLossBalancer(None), "kd_loss_weight must be a number, got None"),
+        (lambda: converted(mtd.LogitsDistillationLoss), r"is the class .*; write LogitsDistillationLoss\(\)"),
+        (lambda: converted({(0, 1): nn.MSELoss()}), r"pairs of paths .*, got \(0, 1\)"),
+        (lambda: converted(nn.MSELoss(), loss_balancer="static"), r"a loss_balancer is a module, got 'static'"),
+        (lambda: mtd.convert(None, mode="kd_loss"), "the student is a module, got None"),
+        (lambda: mtd.convert(nn.Linear(2, 3), mode=None), r"mode is \[\('kd_loss', {...}\)\], got None"),
+        (lambda: mtd.convert(nn.Linear(2, 3), mode=[("kd_loss",)]), r"a mode is its name, .* got \('kd_loss',\)"),
+        (lambda: mtd.convert(nn.Linear(2, 3), mode=[("kd_loss", None)]), "'kd_loss' is a dict, got None"),
+    ],
+)
+def test_what_can_never_work_is_refused_where_it_is_written(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+def test_one_mode_without_its_list():
+    config = {"teacher_model": nn.Linear(2, 3), "criterion": nn.MSELoss()}
+    assert isinstance(mtd.convert(nn.Linear(2, 3), mode=("kd_loss", config)), mtd.DistillationModel)
+
+
+def test_minifinetuning_without_labels_says_how_to_give_them():
+    model = converted(mtd.MFTLoss())
+    model(torch.ones(3, 2))
+    with pytest.raises(TypeError, match=r"MFTLoss needs labels.*compute_kd_loss\(labels=labels\)"):
+        model.compute_kd_loss()

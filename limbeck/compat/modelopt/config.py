@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -17,6 +19,26 @@ class ConfigError(ValueError, AssertionError, AttributeError):
 
     ModelOpt asserts in some places and finds no attribute in others; scripts that catch those catch this.
     """
+
+
+def number(name: str, value: Any, lowest: float = -math.inf) -> float:
+    """The value, where it is a finite number above the lowest.
+
+    Raises:
+        TypeError: it is no number.
+        ConfigError: it is NaN, infinite or too low.
+
+    Example:
+        >>> number("temperature", 2, lowest=0)
+        2.0
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    found = float(value)
+    if not lowest < found < math.inf:
+        above = "" if lowest == -math.inf else f" above {lowest:g}"
+        raise ConfigError(f"{name} must be a finite number{above}, got {value}")
+    return found
 
 
 @dataclass
@@ -33,7 +55,7 @@ class KDLossConfig:
 
     Raises:
         ConfigError: no teacher, no loss, several losses without a balancer, or a balancer with parameters.
-        TypeError: a loss that cannot be called.
+        TypeError: a loss that cannot be called, or a balancer that is no module.
     """
 
     teacher_model: Any = None
@@ -54,8 +76,12 @@ class KDLossConfig:
             for loss in (of_pair if isinstance(of_pair, (list, tuple)) else [of_pair])
         ]
         for pair, loss in found:
-            if not isinstance(pair, tuple) or len(pair) != 2:
-                raise ConfigError(f"losses are given for pairs (student's module, teacher's module), got {pair!r}")
+            if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(path, str) for path in pair):
+                raise ConfigError(
+                    f"losses are given for pairs of paths (student's module, teacher's module), got {pair!r}"
+                )
+            if isinstance(loss, type) and issubclass(loss, nn.Module):
+                raise TypeError(f"the loss of {pair} is the class {loss.__name__}; write {loss.__name__}()")
             if not callable(loss):
                 raise TypeError(f"the loss of {pair} cannot be called, it is a {type(loss).__name__}; pass a loss")
         self._check_balancer(len(found))
@@ -67,6 +93,8 @@ class KDLossConfig:
         if self.loss_balancer is None:
             if losses > 1:
                 raise ConfigError("multiple layer-loss pairs need a loss_balancer; add StaticLossBalancer(1.0)")
+        elif not isinstance(self.loss_balancer, nn.Module):
+            raise TypeError(f"a loss_balancer is a module, got {self.loss_balancer!r}; write StaticLossBalancer()")
         elif next(self.loss_balancer.parameters(), None) is not None:
             raise ConfigError(
                 "a loss_balancer cannot have parameters, which nothing would train; keep numbers in it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -36,7 +36,7 @@ def convert(model: nn.Module, mode: Mode) -> Any:
 
     Raises:
         ConfigError: an unknown mode, or a configuration that cannot work.
-        TypeError: an unknown key.
+        TypeError: an unknown key, or something else than a model, modes and dicts.
 
     Example:
         >>> config = {"teacher_model": nn.Linear(2, 3), "criterion": nn.MSELoss()}
@@ -44,6 +44,9 @@ def convert(model: nn.Module, mode: Mode) -> Any:
         >>> isinstance(model, DistillationModel), isinstance(model, nn.Linear)
         (True, True)
     """
+    given: Any = model
+    if not isinstance(given, nn.Module):
+        raise TypeError(f"the student is a module, got {given!r}")
     model = unwrapped(model)
     for name, config in _modes(mode):
         if isinstance(config, ExportStudentConfig):
@@ -84,8 +87,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _modes(mode: Mode) -> list[tuple[str, Config]]:
-    listed = [mode] if isinstance(mode, str) else mode.items() if isinstance(mode, Mapping) else mode
-    return [_mode(*((entry, {}) if isinstance(entry, str) else entry)) for entry in listed]
+    listed: Any = [mode] if isinstance(mode, str) else mode.items() if isinstance(mode, Mapping) else mode
+    if isinstance(mode, tuple) and len(mode) == 2 and isinstance(mode[0], str) and not isinstance(mode[1], tuple):
+        listed = [mode]  # one mode without its list
+    if not isinstance(listed, Iterable):
+        raise TypeError(f"mode is [('kd_loss', {{...}})], got {mode!r}")
+    return [_mode(*_with_config(entry)) for entry in listed]
+
+
+def _with_config(entry: Any) -> tuple[str, Any]:
+    if isinstance(entry, str):
+        return entry, {}
+    if not isinstance(entry, (tuple, list)) or len(entry) != 2:
+        raise TypeError(f"a mode is its name, or ('kd_loss', {{...}}), got {entry!r}")
+    return entry[0], entry[1]
 
 
 def _mode(name: str, config: Any) -> tuple[str, Config]:
@@ -94,5 +109,7 @@ def _mode(name: str, config: Any) -> tuple[str, Config]:
     kind = MODES[name]
     if isinstance(config, kind):
         return name, config
+    if not isinstance(config, Mapping):
+        raise TypeError(f"the configuration of mode {name!r} is a dict, got {config!r}")
     refuse_unknown(config, [field.name for field in fields(kind)], f"mode {name!r}")
     return name, kind(**config)

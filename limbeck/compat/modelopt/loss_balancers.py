@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from limbeck.compat.modelopt.config import ConfigError
+from limbeck.compat.modelopt.config import ConfigError, number
 
 STUDENT_LOSS_KEY = "student_loss"
 """The student's own loss among those that a balancer is given."""
@@ -51,7 +51,8 @@ class StaticLossBalancer(DistillationLossBalancer):
         kd_loss_weight: The weight of the sum of all distillation losses, or a list with one for each.
 
     Raises:
-        ConfigError: a weight that is negative, or weights that sum to more than 1.
+        ConfigError: a weight that is negative or NaN, or weights that sum to more than 1.
+        TypeError: a weight that is no number.
 
     Example:
         >>> StaticLossBalancer(1.0)({"MSELoss_0": 2.0, "MSELoss_1": 3.0})
@@ -60,9 +61,9 @@ class StaticLossBalancer(DistillationLossBalancer):
 
     def __init__(self, kd_loss_weight: float | Sequence[float] = 0.5) -> None:
         super().__init__()
-        self._shared = isinstance(kd_loss_weight, (int, float))
-        weights = [kd_loss_weight] if isinstance(kd_loss_weight, (int, float)) else kd_loss_weight
-        self._kd_loss_weight = [float(weight) for weight in weights]
+        self._shared = not isinstance(kd_loss_weight, (list, tuple))
+        weights = list(kd_loss_weight) if isinstance(kd_loss_weight, (list, tuple)) else [kd_loss_weight]
+        self._kd_loss_weight = [number("kd_loss_weight", weight) for weight in weights]
         if any(weight < 0 for weight in self._kd_loss_weight):
             raise ConfigError(f"weights of distillation losses must be non-negative, got {self._kd_loss_weight}")
         total = sum(self._kd_loss_weight)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.compat.modelopt.config import ConfigError
+from limbeck.compat.modelopt.config import ConfigError, number
 from limbeck.losses import LOSSES
 from limbeck.reduce import masked_mean
 from limbeck.registry import nearest
@@ -48,7 +48,8 @@ class LogitsDistillationLoss(nn.Module):
         correct: False divides ``"mean"`` by the number of classes too, as ModelOpt does.
 
     Raises:
-        ConfigError: an unknown reduction.
+        ConfigError: an unknown reduction, or a number out of range.
+        TypeError: what is no number.
 
     Example:
         >>> LogitsDistillationLoss()(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])).item()
@@ -64,7 +65,7 @@ class LogitsDistillationLoss(nn.Module):
         correct: bool = True,
     ) -> None:
         super().__init__()
-        self._temperature, self._reduction = temperature, _checked(reduction)
+        self._temperature, self._reduction = number("temperature", temperature, 0), _checked(reduction)
         self._vocab_size, self._correct = vocab_size, correct
 
     @property
@@ -92,7 +93,8 @@ class MFTLoss(nn.Module):
         correct: False divides ``"mean"`` by the number of classes too, as ModelOpt does.
 
     Raises:
-        ConfigError: an unknown reduction.
+        ConfigError: an unknown reduction, or a number out of range.
+        TypeError: what is no number.
 
     Example:
         >>> teacher = torch.tensor([[2.0, 0.0]])
@@ -109,11 +111,17 @@ class MFTLoss(nn.Module):
         correct: bool = True,
     ) -> None:
         super().__init__()
-        self._temperature, self._threshold = temperature, threshold
+        self._temperature, self._threshold = number("temperature", temperature, 0), number("threshold", threshold)
         self._reduction, self._correct = _checked(reduction), correct
 
-    def forward(self, logits_s: Any, logits_t: Any, labels: Tensor) -> Tensor:
-        """Compare logits (..., C) with labels (...,): a scalar, or one value for each of all positions, (N,)."""
+    def forward(self, logits_s: Any, logits_t: Any, labels: Tensor | None = None) -> Tensor:
+        """Compare logits (..., C) with labels (...,): a scalar, or one value for each of all positions, (N,).
+
+        Raises:
+            TypeError: there are no labels.
+        """
+        if labels is None:
+            raise TypeError("MFTLoss needs labels, and got none; call compute_kd_loss(labels=labels)")
         student, teacher = (side.flatten(0, -2) for side in map(logits_of, (logits_s, logits_t)))
         labels = labels.flatten()
         options = {"threshold": self._threshold, "temperature": self._temperature}
@@ -132,6 +140,9 @@ class MGDLoss(nn.Module):
         alpha_mgd: Factor of the value.
         lambda_mgd: Which share of positions is masked on average.
 
+    Raises:
+        ConfigError: channels or a share out of range.
+
     Example:
         >>> loss = MGDLoss(2, 3)
         >>> loss(torch.ones(4, 2, 5, 5), torch.ones(4, 3, 5, 5)).shape, sorted(loss.state_dict())[0]
@@ -147,6 +158,11 @@ class MGDLoss(nn.Module):
     ) -> None:
         super().__init__()
         self._alpha_mgd, self._lambda_mgd = alpha_mgd, lambda_mgd
+        for channels in (num_student_channels, num_teacher_channels):
+            if not isinstance(channels, int) or channels < 1:
+                raise ConfigError(f"a number of channels is a whole number of at least 1, got {channels!r}")
+        if not 0 <= number("lambda_mgd", self._lambda_mgd) <= 1:
+            raise ConfigError(f"lambda_mgd is a share from 0 to 1, got {lambda_mgd}")
         same = num_student_channels == num_teacher_channels
         self.align = nn.Identity() if same else nn.Conv2d(num_student_channels, num_teacher_channels, 1)
         self.generation = nn.Sequential(
@@ -159,8 +175,11 @@ class MGDLoss(nn.Module):
         """Compare maps (B, C_student, H, W) and (B, C_teacher, H, W); a scalar.
 
         Raises:
-            ConfigError: maps of different heights or widths.
+            ConfigError: what is no map, or maps of different heights or widths.
         """
+        if out_s.ndim != 4 or out_t.ndim != 4:
+            shapes = f"{tuple(out_s.shape)} and {tuple(out_t.shape)}"
+            raise ConfigError(f"MGD compares maps (B, C, H, W), got {shapes}; tap other layers")
         if out_s.shape[-2:] != out_t.shape[-2:]:
             sizes = tuple(out_s.shape[-2:]), tuple(out_t.shape[-2:])
             raise ConfigError(f"MGD compares maps of one size, got {sizes[0]} and {sizes[1]}; tap other layers")
