@@ -29,7 +29,7 @@ def nearest(name: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
         >>> nearest("zzz", ["forward_kl", "mse"])
         'known: forward_kl, mse'
     """
-    known = sorted(one for one in known if one)
+    name, known = str(name), sorted(one for one in known if one)  # keys that users write need not be text
     close = [*closest(name, known), *closest(name, also, cutoff=0.7)]
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"

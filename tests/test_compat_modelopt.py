@@ -851,6 +851,10 @@ def test_the_state_manager_knows_what_is_converted():
         (lambda: mtd.convert(None, mode="kd_loss"), "the student is a module, got None"),
         (lambda: mtd.convert(nn.Linear(2, 3), mode=None), r"mode is \[\('kd_loss', {...}\)\], got None"),
         (lambda: mtd.convert(nn.Linear(2, 3), mode=[("kd_loss",)]), r"a mode is its name, .* got \('kd_loss',\)"),
+        (
+            lambda: mtd.convert(nn.Linear(2, 3), mode=[("kd_loss", {0: 1})]),
+            "'kd_loss' has no option 0; known: crit",
+        ),
         (lambda: mtd.convert(nn.Linear(2, 3), mode=[("kd_loss", None)]), "'kd_loss' is a dict, got None"),
     ],
 )
