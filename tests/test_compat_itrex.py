@@ -748,3 +748,26 @@ def test_blocks_of_the_document_run(tmp_path, monkeypatch):
         assert moved != ("terms = [" in block)  # the last one is not run to its end
     assert len(shown) == 3
     assert {path.name for path in (tmp_path / "saved").iterdir()} == {"best_model.pt"}
+
+
+def test_index_0_of_a_layer_that_gives_a_tensor():
+    """Layers of transformers gave tuples until version 5, and old mappings take their first part."""
+    old = inc.IntermediateLayersKnowledgeDistillationLossConfig([[["0", "0"], ["0", "0"]]])
+    _, terms = old.terms()
+    torch.manual_seed(0)
+    student, teacher = (torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()) for _ in range(2))
+    inputs = torch.randn(6, 4)
+    loss = limbeck.Distiller(student, teacher, terms).train()(inputs, torch.zeros(6)).loss
+    assert loss.item() == pytest.approx((student[0](inputs) - teacher[0](inputs)).square().mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layers", "weights", "kind", "message"),
+    [
+        ([[0, 1]], [1.0], ValueError, r"a layer is a module's path or \(path, pick\), got 0"),
+        ([["0", "0"]], ["a"], TypeError, "weights of losses are numbers, got 'a'"),
+    ],
+)
+def test_mappings_that_name_no_layer_and_weights_that_are_no_numbers(layers, weights, kind, message):
+    with pytest.raises(kind, match=message):
+        inc.IntermediateLayersKnowledgeDistillationLossConfig(layers, ["MSE"], weights).terms()

@@ -995,3 +995,16 @@ def test_words_are_labelled(tmp_path):
 def test_a_config_elsewhere_is_refused():
     with pytest.raises(ValueError, match="put them together"):
         _ = ModelArguments(model_path="a", model_config_path="b").source
+
+
+def test_a_teacher_that_has_taught_before_makes_a_student_that_trains():
+    teacher = bert(2, 16).requires_grad_(False)
+    recipe = pymarlin.DistillRecipe(
+        pymarlin.ModuleInterfaceArguments(),
+        pymarlin.DistillationArguments(student_layers=[1]),
+        None,
+        teacher=teacher,
+    )
+    recipe.setup_models()
+    assert all(p.requires_grad for p in recipe.model.parameters())
+    assert not any(p.requires_grad for p in teacher.parameters())

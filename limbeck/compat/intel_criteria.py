@@ -131,10 +131,16 @@ def _rows(
     for kind in kinds:
         if kind not in known:
             raise ValueError(f"unknown loss type {kind!r}; {nearest(str(kind), known)}")
+    for weight in weights:
+        if not isinstance(weight, (int, float)):
+            raise TypeError(f"weights of losses are numbers, got {weight!r}")
     return zip(items, kinds, weights, strict=True)
 
 
 def _tap(layer: Any, name: str) -> str:
+    named = isinstance(layer, (list, tuple)) and layer and isinstance(layer[0], str)
+    if not isinstance(layer, str) and not named:
+        raise ValueError(f"a layer is a module's path or (path, pick), got {layer!r}; {name} in layer_mappings")
     path, pick = (layer, "") if isinstance(layer, str) else (layer[0], layer[1] if len(layer) > 1 else "")
     if callable(pick):
         return Picked(path, pick, name)

@@ -232,7 +232,8 @@ class Distilling(ModuleInterface):
     def _made_of(self, teacher: Any) -> Any:
         layers, share = self.distill_args.student_layers, self.distill_args.width_shrinkage
         student = take_layers(teacher, layers) if layers else copy.deepcopy(teacher)
-        return narrowed(student, share) if share else student
+        made: nn.Module = narrowed(student, share) if share else student
+        return made.requires_grad_(True)  # a teacher that has taught before is frozen
 
     def prepare_training(self) -> None:
         """Make the Distiller and check everything on two examples, before the optimizers are made."""
