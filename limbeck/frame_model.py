@@ -6,13 +6,15 @@ Shape legend: N rows, C classes, D features.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from limbeck.atomic import write_text
 from limbeck.distiller import Distiller
@@ -26,11 +28,15 @@ from limbeck.tasks.pixels import Pixels, load_pixels
 from limbeck.teachers import Cached, ModuleTeacher
 from limbeck.terms import Term
 from limbeck.train import Callback, Examples, FitResult, Settings, fit, predict
+from limbeck.train.callbacks import State
 
 if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS, TEXTS, IMAGES = "columns.json", "text", "image"
+
+TRAINING = "training"
+"""Where a model's folder has the checkpoints of a training that did not end yet."""
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet's channels, for backbones that come without an image processor."""
@@ -46,6 +52,7 @@ class FrameModel:
         tokenizer: Of the text columns.
         pixels: What becomes of images.
         max_length: Tokens after which a row's texts are cut.
+        notes: What is kept with it, as JSON. `fit_frame_model` writes under ``"fit"`` how its training went.
 
     Example:
         >>> import pandas as pd
@@ -60,6 +67,7 @@ class FrameModel:
     tokenizer: Any = None
     pixels: Pixels | None = None
     max_length: int = 512
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -159,31 +167,61 @@ class FrameModel:
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
+            ValueError: the folder holds something else.
         """
-        folder = Path(folder)
+        check_folder(folder)
+        self._write(Path(folder), done=True)
+
+    def _write(self, folder: Path, done: bool) -> None:
         self.network.save(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder / TEXTS)
         if self.pixels is not None:
             self.pixels.save_pretrained(folder / IMAGES)
-        kept = {"columns": self.columns.to_dict(), "max_length": self.max_length}
+        kept = {
+            "columns": self.columns.to_dict(),
+            "max_length": self.max_length,
+            "notes": self.notes,
+            "done": done,
+        }
         write_text(folder / COLUMNS, json.dumps(kept))
 
     @classmethod
-    def load(cls, folder: str | Path) -> FrameModel:
-        """Load what `save` wrote.
+    def load(cls, folder: str | Path, resume: bool = False) -> FrameModel:
+        """Load what `save` or `fit_frame_model` wrote.
+
+        Args:
+            folder: Where it is.
+            resume: Whether a model is taken whose training did not end, to go on with it.
 
         Raises:
-            ValueError: the folder holds no such model.
+            ValueError: the folder holds no such model, or one whose training did not end.
         """
         folder = Path(folder)
         if not (folder / COLUMNS).is_file():
             raise ValueError(f"{folder} holds no model of data frames, for it has no {COLUMNS}; correct the path")
         kept = json.loads((folder / COLUMNS).read_text())
+        if not kept["done"] and not resume:
+            raise ValueError(f"the training of {folder} did not end; load it with resume=True, and fit it again")
         columns = Columns.from_dict(kept["columns"])
         tokenizer = load_tokenizer(folder / TEXTS) if columns.of(TEXT) else None
         pixels = load_pixels(folder / IMAGES) if columns.of(IMAGE) else None
-        return cls(columns, FusionNetwork.load(folder), tokenizer, pixels, kept["max_length"])
+        return cls(columns, FusionNetwork.load(folder), tokenizer, pixels, kept["max_length"], kept["notes"])
+
+
+def check_folder(folder: str | Path) -> None:
+    """Refuse to write a model of data frames among files of something else.
+
+    Raises:
+        ValueError: the folder holds other files and no such model.
+
+    Example:
+        >>> check_folder("a folder that is not there")
+    """
+    folder = Path(folder)
+    others = folder.is_dir() and any(path.name != TRAINING for path in folder.iterdir())
+    if others and not (folder / COLUMNS).is_file():
+        raise ValueError(f"{folder} holds other files and no model of data frames; choose another folder")
 
 
 def fit_frame_model(
@@ -196,7 +234,7 @@ def fit_frame_model(
     teacher: FrameModel | None = None,
     metric: str = "accuracy",
     callbacks: Sequence[Callback] = (),
-    folder: Path | None = None,
+    folder: str | Path | None = None,
 ) -> FitResult:
     """Train a model of data frames, from a teacher's answers where there is one.
 
@@ -212,10 +250,12 @@ def fit_frame_model(
         teacher: Another such model for the same label.
         metric: What evaluations measure, in the label's own units.
         callbacks: What watches.
-        folder: For checkpoints; see `limbeck.fit`.
+        folder: Where the trained model goes, and the checkpoints as long as it trains. If it holds some, the
+            training goes on from there. What is refused before the first step leaves an older model in it.
 
     Raises:
-        ValueError: a teacher for other classes, or in another scale; whatever `limbeck.fit` finds wrong.
+        ValueError: a teacher for other classes, or in another scale; a folder of something else; whatever
+            `limbeck.fit` finds wrong.
 
     Example:
         >>> import pandas as pd
@@ -235,7 +275,31 @@ def fit_frame_model(
     distiller = Distiller(student.network, remembered, terms)
     judge = student.columns.metric(metric)
     held = None if tuning is None else student.encode(tuning)
-    return fit(distiller, rows, held, settings, metric=judge, callbacks=callbacks, folder=folder)
+    checkpoints = None
+    if folder is not None:
+        check_folder(folder)
+        checkpoints = Path(folder) / TRAINING
+        callbacks = [*callbacks, _Begun(student, Path(folder))]
+    fitted = fit(distiller, rows, held, settings, metric=judge, callbacks=callbacks, folder=checkpoints)
+    told = ("best_score", "seconds", "steps", "teacher_examples")
+    student.notes["fit"] = {name: getattr(fitted, name) for name in told}
+    if folder is not None and PartialState().is_main_process:
+        student.save(folder)
+        shutil.rmtree(Path(folder) / TRAINING)
+    return fitted
+
+
+@dataclass
+class _Begun(Callback):
+    """Writes the model as its training begins, for who goes on with it; what is refused has left the folder."""
+
+    model: FrameModel
+    folder: Path
+
+    def on_start(self, state: State) -> None:
+        """Before the first step."""
+        if state.step == 0:
+            self.model._write(self.folder, done=False)
 
 
 def _check_same_labels(student: Columns, teacher: Columns) -> None:

@@ -95,7 +95,7 @@ def test_a_student_learns_from_a_predictor_or_its_folder(place, teacher, tmp_pat
     with safe_open(tmp_path / "one" / "fusion.safetensors", "pt") as file:
         assert len(file.keys()) == len(one.model.network.state_dict())  # the student's, and nothing of the teacher
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == [
-        *("columns.json", "fusion.json", "fusion.safetensors", "predictor.json", "text"),
+        *("columns.json", "fusion.json", "fusion.safetensors", "text"),
     ]
 
 
@@ -175,7 +175,7 @@ def test_the_blocks_of_the_page_run(place, teacher, tmp_path, monkeypatch):
         for old, filled in small.items():
             code = code.replace(old, filled)
         exec(code, names)
-    assert (tmp_path / "student" / "predictor.json").is_file()
+    assert (tmp_path / "student" / "columns.json").is_file()
     assert len(list((tmp_path / "AutogluonModels").iterdir())) == 2
 
 
@@ -199,8 +199,8 @@ def test_an_interrupted_training_goes_on_where_it_was(place, tmp_path, monkeypat
     whole = MultiModalPredictor(label="label", path=tmp_path / "whole").fit(frame(), hyperparameters=given)
     real = door.fit_frame_model
 
-    def interrupted(*given, callbacks, **options):
-        return real(*given, callbacks=[*callbacks, _Interrupt()], **options)
+    def interrupted(*given, **options):
+        return real(*given, callbacks=[_Interrupt()], **options)
 
     monkeypatch.setattr(door, "fit_frame_model", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -252,6 +252,15 @@ def test_what_is_not_understood_is_refused_with_the_nearest_name(place, teacher,
         Options.parse({"distiller.output_feature_loss_type": "cosin"}).terms(False, (8, 8))
     with pytest.raises(ValueError, match=r"lr_schedule is 'cosine'; did you mean 'cosine_decay'"):
         Options.parse({"optim.lr_schedule": "cosine"}).settings(10, 0, None)
+    for wrong, limit, told in (
+        ({"optimization.max_epochs": 0}, None, r"^optim.max_epochs: Input should be greater than 0 \(got 0\)$"),
+        ({"optim.lr": "fast"}, None, "^optim.lr: .* number"),
+        ({"env.batch_size": 0}, None, "^env.batch_size is 0; it is a number above 0$"),
+        ({"env.per_gpu_batch_size": "8 MB"}, None, "^env.per_gpu_batch_size is '8 MB'; it is a number above 0$"),
+        ({}, 0, r"^time_limit: Input should be greater than 0 \(got 0\)$"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            Options.parse(wrong).settings(10, 0, limit)
     with pytest.raises(ValueError, match="a number to predict has no classes; use 'mse'"):
         Options.parse({"distiller.soft_label_loss_type": "cross_entropy"}).terms(True, (8, 8))
     with pytest.raises(ValueError, match="a predictor trains on one device; set it to 1"):
@@ -260,7 +269,7 @@ def test_what_is_not_understood_is_refused_with_the_nearest_name(place, teacher,
         Options.parse({"optim.lr_choice": "two_stages"})
     with pytest.raises(ValueError, match="unknown problem_type 'binaer'; did you mean 'binary'"):
         MultiModalPredictor(label="label", problem_type="binaer")
-    with pytest.raises(TypeError, match="no argument 'pipelin'"):
+    with pytest.raises(TypeError, match="MultiModalPredictor has no option 'pipelin'"):
         MultiModalPredictor(label="label", pipelin="x")
     with pytest.raises(ValueError, match="no label; name the column"):
         MultiModalPredictor(path=tmp_path).fit(frame())
@@ -268,14 +277,14 @@ def test_what_is_not_understood_is_refused_with_the_nearest_name(place, teacher,
         MultiModalPredictor(label="label").predict(frame())
     with pytest.raises(ValueError, match="unknown metric 'acuracy'; did you mean 'accuracy'"):
         teacher.evaluate(frame(), metrics="acuracy")
-    with pytest.raises(ValueError, match="holds no predictor"):
+    with pytest.raises(ValueError, match="holds no model of data frames"):
         MultiModalPredictor.load(tmp_path)
     with pytest.raises(TypeError, match="a teacher is a trained predictor or its folder, got a int"):
         MultiModalPredictor(label="label").fit(frame(), teacher_predictor=3)
     with pytest.raises(ValueError, match=r"'env': 'mine.yaml', which is not read; pass hyperparameters"):
         MultiModalPredictor(label="label").fit(frame(), config={"env": "mine.yaml"})
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds other files and no predictor; choose another folder"):
+    with pytest.raises(ValueError, match="holds other files and no model of data frames; choose another folder"):
         teacher.save(tmp_path)
 
 

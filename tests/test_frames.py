@@ -20,6 +20,7 @@ from limbeck.tasks.column_kinds import as_frame, column_types, problem_of
 from limbeck.tasks.frames import Columns
 from limbeck.tasks.fusion import FusionNetwork, TextPart
 from limbeck.tasks.pixels import Pixels
+from limbeck.train import Callback
 from tests import tiny
 from tests.models import bert
 
@@ -443,3 +444,38 @@ def test_scores_are_those_of_the_labels(place):
     assert model.scores(logits, frame, ["accuracy"]) == {"accuracy": 0.75}
     with pytest.raises(ValueError, match="judges numbers"):
         model.scores(logits, frame, ["rmse"])
+
+
+class _Interrupt(Callback):
+    def on_checkpoint(self, state):
+        if state.step == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_model_is_fitted_into_a_folder_and_goes_on_there(tmp_path):
+    frame = pd.DataFrame({"x": [float(i % 7) for i in range(64)], "y": [i % 7 > 3 for i in range(64)]})
+    settings = Settings(epochs=3, batch_size=16, learning_rate=0.02, evaluate_every=1, checkpoint_every=1)
+
+    def fitted(folder, model=None, callbacks=(), terms=(HARD,)):
+        model = model or FrameModel.build(Columns.find(frame, "y"), hidden=8)
+        fit_frame_model(model, frame, frame, settings, terms, folder=folder, callbacks=callbacks)
+        return FrameModel.load(folder)
+
+    whole = fitted(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path / "half", callbacks=[_Interrupt()])
+    with pytest.raises(ValueError, match="half did not end; load it with resume=True, and fit it again"):
+        FrameModel.load(tmp_path / "half")
+    resumed = fitted(tmp_path / "half", FrameModel.load(tmp_path / "half", resume=True))
+    np.testing.assert_array_equal(resumed.logits(frame), whole.logits(frame))
+    assert resumed.notes["fit"]["steps"] == whole.notes["fit"]["steps"] == 12
+    assert not (tmp_path / "half" / "training").exists()
+
+    with pytest.raises(ValueError, match="features"):  # what is refused leaves the older model
+        fitted(tmp_path / "whole", terms=[Term("feature", loss="mse")])
+    np.testing.assert_array_equal(FrameModel.load(tmp_path / "whole").logits(frame), whole.logits(frame))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    for write in (whole.save, fitted):
+        with pytest.raises(ValueError, match="holds other files and no model of data frames; choose another"):
+            write(tmp_path / "other")

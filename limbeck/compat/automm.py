@@ -6,21 +6,16 @@ What it does is done by `limbeck.frame_model`, which can be used without it. See
 from __future__ import annotations
 
 import datetime
-import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.atomic import write_text
 from limbeck.compat.automm_options import Hyperparameters, Options, flattened
 from limbeck.evaluate import count_parameters, size_in_bytes
-from limbeck.frame_model import FrameModel, fit_frame_model
-from limbeck.registry import nearest
+from limbeck.frame_model import TRAINING, FrameModel, fit_frame_model
+from limbeck.registry import nearest, refuse_unknown
 from limbeck.tasks.column_kinds import CLASSIFICATION, PROBLEMS, REGRESSION, as_frame
 from limbeck.tasks.frames import Columns
-from limbeck.train import Callback
-from limbeck.train.callbacks import State
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +28,8 @@ MODEL, DATA, OPTIM, OPTIMIZATION, ENVIRONMENT, DISTILLER = (
 CONFIGS = ("default", "adamw", "fusion_mlp_image_text_tabular")
 """AutoMM's named groups of defaults, whose values `Options` has."""
 
-PREDICTOR, TRAINING = "predictor.json", "training"
+KEPT = ("eval_metric", "validation_metric", "hyperparameters", "presets")
+"""Arguments of a predictor that are kept with its model."""
 
 METRIC_NAMES = {
     "acc": "accuracy",
@@ -85,7 +81,7 @@ class MultiModalPredictor:
         verbosity: int = 3,
         **ignored: Any,
     ) -> None:
-        _refuse(ignored, ("warn_if_exist", "enable_progress_bar"))
+        refuse_unknown(ignored, ("warn_if_exist", "enable_progress_bar"), "MultiModalPredictor")
         problem = problem_type.lower() if problem_type else None
         known = (*PROBLEMS, CLASSIFICATION)
         if problem not in (None, *known):
@@ -93,11 +89,10 @@ class MultiModalPredictor:
         if eval_metric in ("rmse", "r2", "pearsonr", "spearmanr", "root_mean_squared_error"):
             problem = REGRESSION
         self.label, self.eval_metric = None if label is None else str(label), eval_metric
-        self.validation_metric = validation_metric or eval_metric
+        self.validation_metric, self.presets = validation_metric or eval_metric, presets
         self.path = None if path is None else str(path)
-        self._problem, self._presets, self._own = problem, presets, hyperparameters
+        self._problem, self.hyperparameters = problem, flattened(hyperparameters)
         self._model: FrameModel | None = None
-        self._summary: dict[str, Any] = {}
         self._resumes = False
 
     @property
@@ -172,9 +167,9 @@ class MultiModalPredictor:
             TypeError: an unknown hyperparameter.
             ValueError: data, labels or a teacher that do not go together, or a folder that holds something else.
         """
-        _refuse(ignored, ("standalone", "clean_ckpts"))
+        refuse_unknown(ignored, ("standalone", "clean_ckpts"), "fit")
         _check_config(config)
-        options = Options.parse({**flattened(self._own), **flattened(hyperparameters)}, presets or self._presets)
+        options = Options.parse({**self.hyperparameters, **flattened(hyperparameters)}, presets or self.presets)
         teacher = _teacher(teacher_predictor)
         train = as_frame(train_data)
         model = self._model or self._untrained(train, options, column_types, teacher, seed)
@@ -187,24 +182,14 @@ class MultiModalPredictor:
         settings = options.settings(len(train), seed, time_limit)
         widths = None if teacher is None else (model.network.features.width, teacher.network.features.width)
         terms = options.terms(columns.problem == REGRESSION, widths)
-        folder = self._folder(save_path)
-        fitted = fit_frame_model(
-            model,
-            train,
-            tuning,
-            settings,
-            terms,
-            teacher=teacher,
-            metric=METRIC_NAMES.get(chosen, chosen),
-            callbacks=[_Begun(self, model, folder)],
-            folder=folder / TRAINING,
-        )
-        self._model = model
-        scored = {f"val_{chosen}": fitted.best_score, "training_time": fitted.seconds}
-        self._summary = {**scored, "steps": fitted.steps, "teacher_examples": fitted.teacher_examples}
-        self._resumes = False
-        self._save(folder, model, done=True)
-        shutil.rmtree(folder / TRAINING)
+        stamp = datetime.datetime.now().strftime("ag-%Y%m%d_%H%M%S_%f")
+        self.path = str(save_path or self.path or Path("AutogluonModels") / stamp)
+        if not self._resumes:
+            shutil.rmtree(Path(self.path) / TRAINING, ignore_errors=True)
+        model.notes.update({name: getattr(self, name) for name in KEPT})
+        measured = METRIC_NAMES.get(chosen, chosen)
+        fit_frame_model(model, train, tuning, settings, terms, teacher=teacher, metric=measured, folder=self.path)
+        self._model, self._resumes = model, False
         return self
 
     def evaluate(self, data: Any, metrics: Any = None, return_pred: bool = False, **ignored: Any) -> Any:
@@ -213,7 +198,7 @@ class MultiModalPredictor:
         Raises:
             ValueError: an unknown metric, or one for another kind of problem.
         """
-        _refuse(ignored, ("realtime",))
+        refuse_unknown(ignored, ("realtime",), "evaluate")
         frame = as_frame(data)
         names = metrics or self.eval_metric or DEFAULT_METRICS[self.model.columns.problem]
         names = [names] if isinstance(names, str) else list(names)
@@ -221,14 +206,13 @@ class MultiModalPredictor:
         logits = self.model.logits(frame)
         found = self.model.scores(logits, frame, own)
         scores = {name: found[metric] for name, metric in zip(names, own, strict=True)}
-        return (scores, self._series(self.model.labels(logits), frame)) if return_pred else scores
+        return (scores, self._shaped(self.model.labels(logits), frame, None)) if return_pred else scores
 
     def predict(self, data: Any, as_pandas: bool | None = None, **ignored: Any) -> Any:
         """The predicted labels, (N,)."""
-        _refuse(ignored, ("realtime",))
+        refuse_unknown(ignored, ("realtime",), "predict")
         frame = as_frame(data)
-        labels = self.model.labels(self.model.logits(frame))
-        return labels if as_pandas is False else self._series(labels, frame)
+        return self._shaped(self.model.labels(self.model.logits(frame)), frame, as_pandas)
 
     def predict_proba(
         self, data: Any, as_pandas: bool | None = None, as_multiclass: bool = True, **ignored: Any
@@ -238,31 +222,24 @@ class MultiModalPredictor:
         Raises:
             ValueError: a number is predicted.
         """
-        _refuse(ignored, ("realtime",))
+        refuse_unknown(ignored, ("realtime",), "predict_proba")
         frame = as_frame(data)
         shares = self.model.probabilities(self.model.logits(frame))
         if not as_multiclass and shares.shape[1] == 2:
-            return shares[:, 1] if as_pandas is False else self._series(shares[:, 1], frame)
-        if as_pandas is False:
-            return shares
-        import pandas as pd
-
-        return pd.DataFrame(shares, columns=self.class_labels, index=frame.index)
+            return self._shaped(shares[:, 1], frame, as_pandas)
+        return self._shaped(shares, frame, as_pandas, self.class_labels)
 
     def extract_embedding(self, data: Any, as_pandas: bool = False, **ignored: Any) -> Any:
         """What the network's head reads of each row, (N, D)."""
-        _refuse(ignored, ("realtime",))
+        refuse_unknown(ignored, ("realtime",), "extract_embedding")
         frame = as_frame(data)
-        features = self.model.features(frame)
-        if not as_pandas:
-            return features
-        import pandas as pd
-
-        return pd.DataFrame(features, index=frame.index)
+        return self._shaped(self.model.features(frame), frame, as_pandas)
 
     def fit_summary(self, verbosity: int = 0, show_plot: bool = False) -> dict[str, Any]:
         """The best score on the tuning data and the seconds of the last `fit`."""
-        return dict(self._summary)
+        told = dict(self.model.notes["fit"])
+        name = f"val_{self.validation_metric or DEFAULT_METRICS[self.model.columns.problem]}"
+        return {name: told.pop("best_score"), "training_time": told.pop("seconds"), **told}
 
     def save(self, path: str | Path, standalone: bool = True) -> None:
         """Write the predictor as JSON and safetensors; it needs nothing else.
@@ -270,8 +247,7 @@ class MultiModalPredictor:
         Raises:
             ValueError: nothing was trained yet, or the folder holds something else.
         """
-        _check_folder(Path(path))
-        self._save(Path(path), self.model, done=True)
+        self.model.save(path)
 
     @classmethod
     def load(cls, path: str | Path, resume: bool = False, verbosity: int = 3) -> MultiModalPredictor:
@@ -285,16 +261,10 @@ class MultiModalPredictor:
         Raises:
             ValueError: there is none, or its training did not end.
         """
-        folder = Path(path)
-        if not (folder / PREDICTOR).is_file():
-            raise ValueError(f"{folder} holds no predictor, for it has no {PREDICTOR}; correct the path")
-        kept = json.loads((folder / PREDICTOR).read_text())
-        if not kept["done"] and not resume:
-            raise ValueError(f"the training of {folder} did not end; load it with resume=True, and call fit again")
-        made = cls(kept["label"], kept["problem_type"], kept["eval_metric"], kept["hyperparameters"], folder)
-        made.validation_metric = kept["validation_metric"]
-        made._presets, made._model, made._summary = kept["presets"], FrameModel.load(folder), kept["summary"]
-        made._resumes = resume and not kept["done"]
+        model = FrameModel.load(path, resume)
+        kept: dict[str, Any] = {name: model.notes.get(name) for name in KEPT}
+        made = cls(model.columns.label, model.columns.problem, path=path, **kept)
+        made._model, made._resumes = model, resume
         return made
 
     def _untrained(
@@ -306,48 +276,15 @@ class MultiModalPredictor:
         columns = Columns.find(train, self.label, self._problem, given=given, allowed=options.kinds(), like=like)
         return FrameModel.build(columns, **options.architecture(), seed=seed)
 
-    def _folder(self, save_path: str | Path | None) -> Path:
-        """Where the predictor goes; what an earlier training left there is of no use to this one."""
-        stamp = datetime.datetime.now().strftime("ag-%Y%m%d_%H%M%S_%f")
-        folder = Path(save_path or self.path or Path("AutogluonModels") / stamp)
-        _check_folder(folder)
-        if not self._resumes:
-            shutil.rmtree(folder / TRAINING, ignore_errors=True)
-        self.path = str(folder)
-        return folder
-
-    def _save(self, folder: Path, model: FrameModel, done: bool) -> None:
-        model.save(folder)
-        kept = {
-            "label": self.label,
-            "problem_type": model.columns.problem,
-            "eval_metric": self.eval_metric,
-            "validation_metric": self.validation_metric,
-            "hyperparameters": flattened(self._own),
-            "presets": self._presets,
-            "summary": self._summary,
-            "done": done,
-        }
-        write_text(folder / PREDICTOR, json.dumps(kept))
-
-    def _series(self, values: Any, frame: pd.DataFrame) -> pd.Series:
+    def _shaped(self, values: Any, frame: pd.DataFrame, as_pandas: bool | None, columns: Any = None) -> Any:
+        """Values by row as an array, or as a Series (N,) or DataFrame (N, C)."""
+        if as_pandas is False:
+            return values
         import pandas as pd
 
-        return pd.Series(values, index=frame.index, name=self.label)
-
-
-@dataclass
-class _Begun(Callback):
-    """Writes the folder as a training begins, so that what is refused before leaves an older predictor in it."""
-
-    predictor: MultiModalPredictor
-    model: FrameModel
-    folder: Path
-
-    def on_start(self, state: State) -> None:
-        """Before the first step."""
-        if state.step == 0:
-            self.predictor._save(self.folder, self.model, done=False)
+        if values.ndim == 1:
+            return pd.Series(values, index=frame.index, name=self.label)
+        return pd.DataFrame(values, index=frame.index, columns=columns)
 
 
 def _teacher(teacher: Any) -> FrameModel | None:
@@ -363,20 +300,3 @@ def _check_config(config: dict[str, str] | None) -> None:
     for group, name in (config or {}).items():
         if name not in CONFIGS:
             raise ValueError(f"config has {group!r}: {name!r}, which is not read; pass hyperparameters instead")
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse to write among files that are not a predictor's."""
-    if (
-        folder.is_dir()
-        and any(path.name != TRAINING for path in folder.iterdir())
-        and not (folder / PREDICTOR).is_file()
-    ):
-        raise ValueError(f"{folder} holds other files and no predictor; choose another folder")
-
-
-def _refuse(given: dict[str, Any], known: tuple[str, ...]) -> None:
-    """Arguments of AutoMM that change nothing here are taken; others are not."""
-    for name in given:
-        if name not in known:
-            raise TypeError(f"limbeck's MultiModalPredictor has no argument {name!r}; {nearest(name, known)}")

@@ -101,6 +101,20 @@ READS = {
 }
 """What kinds of columns each of AutoMM's models reads."""
 
+ABOVE_ZERO = ("env.batch_size", "env.per_gpu_batch_size", "optim.val_check_interval", "distiller.temperature")
+
+SETTINGS = {
+    "epochs": "optim.max_epochs",
+    "batch_size": "env.batch_size",
+    "optimizer": "optim.optim_type",
+    "learning_rate": "optim.lr",
+    "weight_decay": "optim.weight_decay",
+    "warmup": "optim.warmup_steps",
+    "clip": "optim.gradient_clip_val",
+    "patience": "optim.patience",
+}
+"""Hyperparameters that are limbeck's settings under another name."""
+
 SCHEDULES = {
     "cosine_decay": "cosine",
     "polynomial_decay": "linear",
@@ -177,7 +191,11 @@ class Options:
             raise ValueError(f"unknown presets {presets!r}; {nearest(presets, PRESETS)}")
         text, image = PRESETS[presets]
         encoders = {"model.hf_text.checkpoint_name": text, "model.timm_image.checkpoint_name": image}
-        return cls({**DEFAULTS, **encoders, **{n: v for n, v in given.items() if n in DEFAULTS}})
+        values = {**DEFAULTS, **encoders, **{n: v for n, v in given.items() if n in DEFAULTS}}
+        for name in ABOVE_ZERO:
+            if not isinstance(values[name], (int, float)) or not values[name] > 0:
+                raise ValueError(f"{name} is {values[name]!r}; it is a number above 0")
+        return cls(values)
 
     def kinds(self) -> set[str]:
         """The kinds of columns that are read.
@@ -219,28 +237,23 @@ class Options:
         """
         get = self.values.__getitem__
         _check_devices(get("env.num_gpus"))
-        batch_size, patience, steps = get("env.batch_size"), get("optim.patience"), get("optim.max_steps")
-        per_epoch = math.ceil(rows / batch_size)
-        largest = min(batch_size, rows)
-        interval = get("optim.val_check_interval")
-        return Settings(
-            epochs=get("optim.max_epochs"),
-            steps=steps if steps and steps > 0 else None,
-            time_limit=time_limit,
-            batch_size=batch_size,
-            accumulation=math.ceil(largest / get("env.per_gpu_batch_size")),
-            optimizer=get("optim.optim_type"),
-            learning_rate=get("optim.lr"),
-            weight_decay=get("optim.weight_decay"),
-            schedule=_chosen("optim.lr_schedule", get("optim.lr_schedule"), SCHEDULES),
-            warmup=get("optim.warmup_steps"),
-            clip=get("optim.gradient_clip_val") or None,
-            precision=_chosen("env.precision", str(get("env.precision")), PRECISIONS),
-            seed=seed,
-            evaluate_every=max(1, int(interval * per_epoch if interval <= 1 else interval)),
-            patience=patience or None,
-            best=True,
-        )
+        batch_size, steps = get("env.batch_size"), get("optim.max_steps")
+        interval, per_epoch = get("optim.val_check_interval"), math.ceil(rows / batch_size)
+        values = {setting: get(name) for setting, name in SETTINGS.items()}
+        values |= {
+            "steps": steps if steps and steps > 0 else None,
+            "accumulation": math.ceil(min(batch_size, rows) / get("env.per_gpu_batch_size")),
+            "schedule": _chosen("optim.lr_schedule", get("optim.lr_schedule"), SCHEDULES),
+            "clip": values["clip"] or None,
+            "patience": values["patience"] or None,
+            "precision": _chosen("env.precision", str(get("env.precision")), PRECISIONS),
+            "evaluate_every": max(1, int(interval * per_epoch if interval <= 1 else interval)),
+        }
+        try:
+            return Settings(**values, time_limit=time_limit, seed=seed, best=True)
+        except ValueError as error:
+            setting, colon, problem = str(error).partition(": ")
+            raise ValueError(f"{SETTINGS.get(setting, setting)}{colon}{problem}") from None
 
     def terms(self, regression: bool, widths: tuple[int, int] | None) -> list[Term]:
         """What is learned.
