@@ -522,11 +522,9 @@ def test_wrong_metrics_and_configs(tmp_path):
     wrong = itrex.DistillationConfig(metrics=itrex.metrics.Metric("eval_acuracy"))
     with pytest.raises(ValueError, match="evaluations have no metric 'eval_acuracy'"):
         trainer_of(tmp_path, student, data).distill(wrong, teacher)
-    two = itrex.DistillationConfig(
-        metrics=[itrex.metrics.Metric("eval_loss"), itrex.metrics.Metric("eval_runtime")]
-    )
+    two = [itrex.metrics.Metric("eval_loss"), itrex.metrics.Metric("eval_runtime")]
     with pytest.raises(ValueError, match="each has a weight_ratio; 'eval_loss' has none"):
-        trainer_of(tmp_path, student, data).distill(two, teacher)
+        itrex.DistillationConfig(metrics=two)
     with pytest.raises(ValueError, match="there is no eval_dataset"):
         trainer_of(tmp_path, student, data, eval_dataset=None).distill(wrong, teacher)
     stream = Stream([{**example, "teacher_logits": [0.0] * 3} for example in data])
@@ -536,6 +534,8 @@ def test_wrong_metrics_and_configs(tmp_path):
         trainer_of(tmp_path, student, None, eval_dataset=data).distill(itrex.DistillationConfig(), teacher)
     with pytest.raises(TypeError, match="distillation_config is a DistillationConfig, got 'KD'"):
         trainer_of(tmp_path, student, data).distill("KD", teacher)
+    with pytest.raises(TypeError, match="one of this module's configs of losses, got 'KnowledgeLoss'"):
+        inc.DistillationConfig(teacher, "KnowledgeLoss")
     with pytest.raises(TypeError, match="by one DistillationConfig"):
         inc.prepare_compression(student, itrex.DistillationConfig())
 

@@ -73,3 +73,16 @@ def test_kept_weights_are_no_view():
 def test_one_way_to_score(options):
     with pytest.raises(ValueError, match="pass one of them"):
         KeepBest(nn.Linear(1, 1), **options)
+
+
+def test_several_metrics_count_by_their_weights():
+    module = nn.Linear(1, 1)
+    callback = KeepBest(module, {"eval_f1": 0.25, "eval_loss": -0.5})
+    for f1, loss, expected in ((0.8, 1.0, -0.3), (0.4, 0.2, 0.0), (1.0, 0.6, 0.0)):
+        callback.on_evaluate(None, None, None, metrics={"eval_f1": f1, "eval_loss": loss, "more": 9.0})
+        assert callback.best.score == pytest.approx(expected)
+    callback.on_evaluate(None, None, None, metrics={"eval_f1": 9.0})  # of other data
+    assert callback.best.score == pytest.approx(0.0)
+    callback.check({"eval_f1": 0.0, "eval_loss": 0.0})
+    with pytest.raises(ValueError, match="evaluations have no metric 'eval_f1'; did you mean 'eval_f2'"):
+        callback.check({"eval_f2": 0.0, "eval_loss": 0.0})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -122,36 +121,19 @@ class DistillationConfig:
         self.criterion = self.criterion or Criterion()
         if not isinstance(self.criterion, Criterion):
             raise TypeError(f"criterion is a Criterion, got {self.criterion!r}; write Criterion(name=...)")
-        for metric in self.chosen():
-            if not isinstance(metric, Metric):
-                raise TypeError(f"metrics are Metrics, got {metric!r}; write metrics.Metric(name=...)")
-
-    def chosen(self) -> list[Metric]:
-        """The metrics as a list."""
-        given: Any = self.metrics
-        if isinstance(given, Sequence) and not isinstance(given, str):
-            return list(given)
-        return [] if given is None else [given]
+        weights(self.metrics)
 
 
-def check_metrics(chosen: Sequence[Metric], found: Mapping[str, float]) -> None:
-    """Refuse metrics that an evaluation does not have, and several without weights."""
+def weights(metrics: Any) -> dict[str, float]:
+    """What `limbeck.train.hf_best.KeepBest` takes: each metric's weight, negative where lower is better."""
+    chosen = metrics if isinstance(metrics, (list, tuple)) else [] if metrics is None else [metrics]
     for metric in chosen:
-        if metric.name not in found:
-            raise ValueError(f"evaluations have no metric {metric.name!r}; {nearest(metric.name, found)}")
+        if not isinstance(metric, Metric):
+            raise TypeError(f"metrics are Metrics, got {metric!r}; write metrics.Metric(name=...)")
         if len(chosen) > 1 and metric.weight_ratio is None:
             raise ValueError(f"of several metrics each has a weight_ratio; {metric.name!r} has none")
-
-
-def score(chosen: Sequence[Metric], found: Mapping[str, float]) -> float:
-    """The higher the better, whatever the metrics are; no number for an evaluation of other data."""
-    if any(metric.name not in found for metric in chosen):
-        return math.nan
-    parts = [
-        (1 if m.greater_is_better else -1) * (1.0 if m.weight_ratio is None else m.weight_ratio) * found[m.name]
-        for m in chosen
-    ]
-    return sum(parts)
+    signs = {m.name: 1.0 if m.greater_is_better else -1.0 for m in chosen}
+    return {m.name: signs[m.name] * (1.0 if m.weight_ratio is None else m.weight_ratio) for m in chosen}
 
 
 def absent(door: str, name: str) -> Exception:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import transformers
-from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch import nn
 
 from limbeck.compat import neural_compressor as inc
 from limbeck.compat.intel_configs import (
     DistillationConfig,
     FlashDistillationConfig,
     Metric,
-    check_metrics,
-    score,
+    weights,
 )
 from limbeck.compat.intel_criteria import KnowledgeDistillationLossConfig
 from limbeck.stages import Stage
@@ -25,9 +22,9 @@ from limbeck.teachers import Given
 from limbeck.terms import Term
 from limbeck.train.hf import DistillationTrainer, Seq2SeqDistillationTrainer
 from limbeck.train.hf_best import KeepBest
-from limbeck.train.hf_data import labels_of_first
-from limbeck.train.hf_terms import END, START, label_terms
-from limbeck.types import TEACHER_CACHE
+from limbeck.train.hf_data import GivenIn, has_column, labels_of_first
+from limbeck.train.hf_terms import END, START, label_terms, read_spans
+from limbeck.types import LABELS
 
 if TYPE_CHECKING:
     from transformers import Trainer as Base
@@ -75,19 +72,21 @@ class _Distilling(Base):  # type: ignore[misc]
         Raises:
             ValueError: a metric that evaluations do not have, or no data to evaluate.
         """
-        criterion, teacher, chosen = parts(distillation_config, teacher_model, self.metrics)
+        criterion, teacher, best = parts(distillation_config, teacher_model, self.metrics)
         judge, train = eval_func or self.eval_func, train_func or self.train_func
         if train is not None:
-            config = inc.DistillationConfig(teacher, criterion)
-            self.component = self.distiller = inc.Callbacks(self.model, config, judge)
-            return trained_by(train, self.model, self.component)
-        inner = self._trainer(criterion, teacher, evaluates=bool(chosen) and judge is None)
+            self.component = self.distiller = inc.Callbacks(
+                self.model, inc.DistillationConfig(teacher, criterion), judge
+            )
+            return self.component.trained_by(train)
+        inner = self._trainer(criterion, teacher, evaluates=bool(best) and judge is None)
         self.distiller = inner.distiller
         if judge is not None:
             inner.add_callback(KeepBest(inner.model, judge=judge))
-        elif chosen:
-            check_metrics(chosen, inner.evaluate())
-            inner.add_callback(KeepBest(inner.model, lambda found: score(chosen, found)))
+        elif best:
+            keep = KeepBest(inner.model, best)
+            keep.check(inner.evaluate())
+            inner.add_callback(keep)
         inner.train(resume_from_checkpoint=self.resuming_checkpoint)
         self.state, self.model_wrapped = inner.state, self.model
         self.save_model()
@@ -97,41 +96,21 @@ class _Distilling(Base):  # type: ignore[misc]
     def _trainer(self, criterion: Any, teacher: Any, evaluates: bool) -> Any:
         """Our trainer of the same student, data and arguments."""
         args, data = copy.copy(self.args), self.train_dataset
-        options: dict[str, Any] = {}
         if data is None:
             raise ValueError("there is no train_dataset; pass one, or train_func=")
         if evaluates and self.eval_dataset is None:
             raise ValueError("the best student is chosen by a metric, and there is no eval_dataset; pass one")
         if evaluates and args.eval_strategy == "no":
             args.eval_strategy = transformers.IntervalStrategy.EPOCH
+        options: dict[str, Any] = {"teacher": teacher, "args": args}
         if isinstance(criterion, FlashDistillationConfig):
-            terms, options["stages"], args.max_steps = _flash(self.model, criterion, args, data)
+            terms, options["stages"], args.max_steps = _flash(self, criterion)
         else:
-            terms = _terms(self.model, criterion, args.label_smoothing_factor, data)
-        if isinstance(criterion, KnowledgeDistillationLossConfig) and TEACHER_LOGITS in next(iter(data)):
-            if isinstance(data, IterableDataset):
-                raise ValueError(f"{TEACHER_LOGITS} are read from data with a length, not from a stream; load it")
-            data, teacher = _Cached(data), Given()
-            options |= {"teacher_read": _spans} if terms[0].tap == START else {}
-        inner = self.kind(
-            self.model,
-            args,
-            data_collator=self.data_collator,
-            train_dataset=data,
-            eval_dataset=self.eval_dataset,
-            processing_class=self.processing_class,
-            compute_metrics=self.compute_metrics,
-            preprocess_logits_for_metrics=self.preprocess_logits_for_metrics,
-            optimizers=(self.optimizer, self.lr_scheduler),
-            teacher=teacher,
-            terms=terms,
-            **options,
-        )
-        known = {type(callback) for callback in inner.callback_handler.callbacks}
-        for callback in self.callback_handler.callbacks:
-            if type(callback) not in known:
-                inner.add_callback(callback)
-        return inner
+            terms = _terms(self, criterion)
+        if isinstance(criterion, KnowledgeDistillationLossConfig) and has_column(data, TEACHER_LOGITS):
+            options |= {"train_dataset": GivenIn(data, TEACHER_LOGITS), "teacher": Given()}
+            options |= {"teacher_read": read_spans} if terms[0].tap == START else {}
+        return self.kind.like(self, terms=terms, **options)
 
 
 class NLPTrainer(_Distilling, transformers.Trainer):  # type: ignore[misc]
@@ -144,71 +123,44 @@ class NLPSeq2SeqTrainer(_Distilling, transformers.Seq2SeqTrainer):  # type: igno
     kind = Seq2SeqDistillationTrainer
 
 
-def trained_by(train: Callable[[nn.Module], Any], student: nn.Module, callbacks: inc.Callbacks) -> nn.Module:
-    """Let a function train a student, and leave nothing in it, whatever happens."""
-    try:
-        train(student)
-    finally:
-        callbacks.on_train_end()
-    return student
-
-
-def parts(config: Any, teacher: Any, metrics: Any) -> tuple[Any, Any, list[Metric]]:
-    """The criterion, the teacher and the metrics of any kind of config."""
+def parts(config: Any, teacher: Any, metrics: Any) -> tuple[Any, Any, dict[str, float]]:
+    """The criterion, the teacher and the weights of the metrics of any kind of config."""
     criterion: Any = config
     if isinstance(config, inc.DistillationConfig):
         criterion, teacher = config.criterion, config.teacher_model if teacher is None else teacher
     elif isinstance(config, DistillationConfig):
         assert config.criterion is not None
-        criterion, metrics = config.criterion.config(), metrics if config.metrics is None else config.chosen()
+        criterion, metrics = config.criterion.config(), metrics if config.metrics is None else config.metrics
     elif not isinstance(config, FlashDistillationConfig):
         raise TypeError(f"distillation_config is a DistillationConfig, got {config!r}")
-    return criterion, teacher, [metrics] if isinstance(metrics, Metric) else list(metrics or ())
+    return criterion, teacher, weights(metrics)
 
 
-def _terms(student: nn.Module, criterion: Any, smoothing: float, data: Any) -> list[Term]:
-    """The criterion's terms, and the student's own loss as terms of its labels."""
+def _own(trainer: Any, weight: float, name: str = LABELS) -> list[Term]:
+    """The student's own loss as terms of its labels; none without weight."""
+    if not weight:
+        return []
+    smoothing, data = trainer.args.label_smoothing_factor, trainer.train_dataset
+    return label_terms(trainer.model, smoothing, lambda: labels_of_first(data), weight=weight, name=name)
+
+
+def _terms(trainer: Any, criterion: Any) -> list[Term]:
+    """The criterion's terms and the own loss."""
     knows = isinstance(criterion, KnowledgeDistillationLossConfig)
-    spans = "QuestionAnswering" in type(student).__name__
+    spans = "QuestionAnswering" in type(trainer.model).__name__
     own, terms = criterion.terms((START, END)) if knows and spans else criterion.terms()
-    if not own:
-        return list(terms)
-    return [*terms, *label_terms(student, smoothing, lambda: labels_of_first(data), weight=own)]
+    return [*terms, *_own(trainer, own)]
 
 
-def _flash(
-    student: nn.Module, config: FlashDistillationConfig, args: Any, data: Any
-) -> tuple[list[Term], list[Stage], int]:
+def _flash(trainer: Any, config: FlashDistillationConfig) -> tuple[list[Term], list[Stage], int]:
     """The terms of all stages, the stages, and the number of updates together."""
     terms, stages, done = [], [], 0
     criteria = config.criteria()
     total = sum(steps for _, _, steps in criteria)
     for i, (block, criterion, steps) in enumerate(criteria):
         own, found = criterion.terms(f"flash.{i}")
-        if own:
-            name = f"flash.{i}.labels"
-            found += label_terms(
-                student, args.label_smoothing_factor, lambda: labels_of_first(data), weight=own, name=name
-            )
+        found += _own(trainer, own, f"flash.{i}.labels")
         done += steps
         stages.append(Stage(done / total, [t.name for t in found], [f"*{block}*"] if block else None))
         terms += found
     return terms, stages, total
-
-
-@dataclass
-class _Cached(Dataset):  # type: ignore[type-arg]
-    """Examples whose `teacher_logits` stand where a Distiller looks for them."""
-
-    examples: Any
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {TEACHER_CACHE if key == TEACHER_LOGITS else key: v for key, v in self.examples[index].items()}
-
-
-def _spans(logits: Tensor) -> dict[str, Tensor]:
-    """Of what the teacher said of answers' places, (B, 2, L), the starts and the ends."""
-    return {START: logits[:, 0], END: logits[:, 1]}

@@ -27,7 +27,6 @@ from limbeck.compat.intel_trainer import (
     NLPSeq2SeqTrainer,
     NLPTrainer,
     parts,
-    trained_by,
 )
 
 __all__ = [
@@ -104,7 +103,7 @@ class NoTrainerOptimizer:
             raise ValueError("NoTrainerOptimizer trains by a function of yours; pass train_func=")
         config = inc.DistillationConfig(teacher, criterion)
         self.component = self.distiller = inc.Callbacks(self.model, config, judge)
-        trained = trained_by(train, self.model, self.distiller)
+        trained = self.distiller.trained_by(train)
         self.save_model(self.output_dir)
         return trained
 

@@ -59,6 +59,8 @@ class DistillationConfig:
         criterion: CriterionConfig | None = None,
         optimizer: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
+        if not isinstance(criterion, CriterionConfig | None):
+            raise TypeError(f"criterion is one of this module's configs of losses, got {criterion!r}; make one")
         self.teacher_model = teacher_model
         self.criterion = KnowledgeDistillationLossConfig() if criterion is None else criterion
         self.optimizer = {"SGD": {"learning_rate": 1e-4}} if optimizer is None else optimizer
@@ -83,7 +85,7 @@ class Callbacks:
         self, model: nn.Module, conf: DistillationConfig, judge: Callable[[nn.Module], float] | None = None
     ) -> None:
         self.own_weight, self.beside = conf.alongside(model)
-        self.judge, self.best = judge, BestWeights(model)
+        self.model, self.judge, self.best = model, judge, BestWeights(model)
         self.optimizer = self._optimizer(conf.optimizer)
 
     def on_after_compute_loss(
@@ -118,6 +120,14 @@ class Callbacks:
         self.on_step()
         self.beside.close()
         self.best.restore()
+
+    def trained_by(self, train: Callable[[nn.Module], Any]) -> nn.Module:
+        """Let a function train the student, and leave nothing in it, whatever happens."""
+        try:
+            train(self.model)
+        finally:
+            self.on_train_end()
+        return self.model
 
     def _optimizer(self, spec: Mapping[str, Mapping[str, Any]]) -> torch.optim.Optimizer | None:
         if len(spec) != 1 or not spec.keys() <= OPTIMIZERS.keys():

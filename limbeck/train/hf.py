@@ -6,11 +6,12 @@ trained is the `Distiller` around it, ``trainer.distiller``, as other trainers t
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,14 @@ OPTIONS = frozenset(inspect.signature(Distiller.__init__).parameters) - {"self",
 """What a Distiller takes beside models and terms."""
 
 TRAINERS = frozenset(inspect.signature(Trainer.__init__).parameters) - {"self"}
+
+Made = TypeVar("Made", bound="_Distilling")
+
+KEPT = (
+    *("model", "train_dataset", "eval_dataset", "data_collator", "processing_class", "compute_metrics"),
+    "preprocess_logits_for_metrics",
+)
+"""What a trainer made like another has of it, beside arguments, optimizer and callbacks."""
 
 TEACHERS = "teachers-{}"
 """The file of a checkpoint with the state of teachers that change in training, of each rank."""
@@ -99,6 +108,36 @@ class _Distilling(Base):  # type: ignore[misc]
         self._ready = False
         self._distiller = self._distiller_of(self.model)
         self.add_callback(Remembering(self))
+
+    @classmethod
+    def like(cls: type[Made], trainer: Trainer, **options: Any) -> Made:
+        """A trainer of another Trainer's student, with its arguments, data, optimizer and callbacks.
+
+        Args:
+            trainer: Any of transformers' Trainers; it is left as it is, but for the student, which both have.
+            **options: What is to be another: ``teacher``, ``terms``, and whatever else this trainer takes.
+
+        Raises:
+            ValueError: as of this trainer.
+
+        Example:
+            >>> import tempfile
+            >>> from transformers import TrainingArguments
+            >>> args = TrainingArguments(tempfile.mkdtemp(), report_to=[])
+            >>> plain = Trainer(nn.Linear(2, 3), args, train_dataset=[{"input": torch.ones(2)}])
+            >>> term = Term("logits", loss="forward_kl")
+            >>> distilling = DistillationTrainer.like(plain, teacher=nn.Linear(2, 3), terms=[term])
+            >>> distilling.model is plain.model, distilling.train_dataset
+            (True, [{'input': tensor([1., 1.])}])
+        """
+        kept = {name: getattr(trainer, name) for name in KEPT}
+        optimizers = (trainer.optimizer, trainer.lr_scheduler)
+        made = cls(**{**kept, "args": copy.copy(trainer.args), "optimizers": optimizers, **options})
+        known = {type(callback) for callback in made.callback_handler.callbacks}
+        for callback in trainer.callback_handler.callbacks:
+            if type(callback) not in known:
+                made.add_callback(callback)
+        return made
 
     def train(self, *arguments: Any, **named: Any) -> Any:
         """Train; however it ends, the student is then as it was given, without hooks or compilation."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from limbeck.registry import nearest
 from limbeck.train.best import BestWeights
 
 
@@ -19,7 +20,8 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
 
     Args:
         student: ``trainer.model``.
-        score: Makes a number of an evaluation's metrics; the highest is best.
+        score: Makes a number of an evaluation's metrics; the highest is best. Or the weight of each metric in it,
+            negative where lower is better: ``{"eval_f1": 0.3, "eval_loss": -0.7}``.
         judge: Makes one of the student itself, at the end of each epoch, in place of that.
 
     Raises:
@@ -27,7 +29,7 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
 
     Example:
         >>> student = nn.Linear(1, 1)
-        >>> callback = KeepBest(student, lambda metrics: -metrics["eval_loss"])
+        >>> callback = KeepBest(student, {"eval_loss": -1.0})
         >>> callback.on_evaluate(None, None, None, metrics={"eval_loss": 0.25})
         >>> callback.best.score
         -0.25
@@ -36,7 +38,7 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self,
         student: nn.Module,
-        score: Callable[[Mapping[str, float]], float] | None = None,
+        score: Callable[[Mapping[str, float]], float] | Mapping[str, float] | None = None,
         judge: Callable[[nn.Module], float] | None = None,
     ) -> None:
         if (score is None) == (judge is None):
@@ -44,9 +46,22 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
         self.best = BestWeights(student)
         self.score, self.judge = score, judge
 
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Refuse weights of metrics that an evaluation, say one before the training, does not have.
+
+        Raises:
+            ValueError: there is no such metric.
+        """
+        for name in self.score if isinstance(self.score, Mapping) else ():
+            if name not in metrics:
+                raise ValueError(f"evaluations have no metric {name!r}; {nearest(name, metrics)}")
+
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **_: Any) -> None:
         """After an evaluation."""
-        if self.score is not None:
+        if isinstance(self.score, Mapping):
+            if self.score.keys() <= metrics.keys():  # else it is one of other data
+                self.best.offer(sum(weight * metrics[name] for name, weight in self.score.items()))
+        elif self.score is not None:
             self.best.offer(self.score(metrics))
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
 from limbeck.batch import as_batch, task_of, view
 from limbeck.teachers import ByTask, Given, ModuleInputs, ModuleTeacher, Remote, Self, Teacher, within
@@ -146,6 +146,48 @@ class SpansWithin:
         return {**batch, **marked}
 
 
+class GivenIn(Dataset):  # type: ignore[type-arg]
+    """A data set one of whose columns is what the teacher said, for a trainer with ``teacher=Given()``.
+
+    Args:
+        examples: A data set with a length.
+        column: Under which an example has the teacher's logits.
+
+    Raises:
+        ValueError: a stream, or one whose examples have no such column.
+
+    Example:
+        >>> GivenIn([{"x": 1, "teacher_logits": [0.5, 2.0]}])[0]
+        {'x': 1, 'teacher_cache': [0.5, 2.0]}
+    """
+
+    def __init__(self, examples: Any, column: str = "teacher_logits") -> None:
+        if isinstance(examples, IterableDataset):
+            raise ValueError(f"{column} are read from data with a length, not from a stream; load it")
+        if not has_column(examples, column):
+            raise ValueError(f"the first example has no {column!r}; write there what the teacher said")
+        self.examples, self.column = examples, column
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {TEACHER_CACHE if key == self.column else key: v for key, v in self.examples[index].items()}
+
+
+def has_column(dataset: Any, column: str) -> bool:
+    """Whether the first example of a data set has a column.
+
+    Raises:
+        ValueError: there is no example.
+
+    Example:
+        >>> has_column([{"x": 1}], "y")
+        False
+    """
+    return column in _first(dataset)
+
+
 def _reads(teacher: Teacher) -> list[str] | None:
     """The entries that one kind of teacher reads by itself; None where that is not known."""
     if isinstance(teacher, ModuleTeacher):
@@ -226,9 +268,14 @@ def labels_of_first(dataset: Any) -> Tensor | None:
     Raises:
         ValueError: there is no example.
     """
+    example = _first(dataset)
+    found = next((example[key] for key in (LABELS, "label", "label_ids") if key in example), None)
+    return None if found is None else torch.as_tensor(found)
+
+
+def _first(dataset: Any) -> Any:
     with undisturbed():
         example = next(iter(dataset), None)
     if example is None:
         raise ValueError(EMPTY)
-    found = next((example[key] for key in (LABELS, "label", "label_ids") if key in example), None)
-    return None if found is None else torch.as_tensor(found)
+    return example

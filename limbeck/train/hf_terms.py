@@ -80,6 +80,16 @@ def label_terms(
     return _label_terms(_problem(student, labels), smoothing, weight, name)
 
 
+def read_spans(logits: Tensor) -> dict[str, Tensor]:
+    """Of a teacher's logits of where answers begin and end, (B, 2, L), both: a ``teacher_read`` for what is given.
+
+    Example:
+        >>> sorted(read_spans(torch.zeros(3, 2, 7)))
+        ['end_logits', 'start_logits']
+    """
+    return {START: logits[:, 0], END: logits[:, 1]}
+
+
 def predicts_next(student: nn.Module) -> bool:
     """Whether a model's labels stand at their own tokens, and each position predicts the next one.
 
