@@ -201,12 +201,14 @@ class FrameModel:
         if not (folder / COLUMNS).is_file():
             raise ValueError(f"{folder} holds no model of data frames, for it has no {COLUMNS}; correct the path")
         kept = json.loads((folder / COLUMNS).read_text())
-        if not kept["done"] and not resume:
+        if not kept.get("done", True) and not resume:
             raise ValueError(f"the training of {folder} did not end; load it with resume=True, and fit it again")
         columns = Columns.from_dict(kept["columns"])
         tokenizer = load_tokenizer(folder / TEXTS) if columns.of(TEXT) else None
         pixels = load_pixels(folder / IMAGES) if columns.of(IMAGE) else None
-        return cls(columns, FusionNetwork.load(folder), tokenizer, pixels, kept["max_length"], kept["notes"])
+        return cls(
+            columns, FusionNetwork.load(folder), tokenizer, pixels, kept["max_length"], kept.get("notes", {})
+        )
 
 
 def check_folder(folder: str | Path) -> None:

@@ -208,6 +208,7 @@ def test_an_interrupted_training_goes_on_where_it_was(place, tmp_path, monkeypat
     monkeypatch.undo()
     with pytest.raises(ValueError, match="did not end; load it with resume=True"):
         MultiModalPredictor.load(tmp_path / "half")
+    assert MultiModalPredictor.load(tmp_path / "half", resume=True).fit_summary() == {}
     resumed = MultiModalPredictor.load(tmp_path / "half", resume=True).fit(frame(), hyperparameters=given)
     assert np.array_equal(resumed.predict_proba(frame()), whole.predict_proba(frame()))
     assert resumed.fit_summary()["steps"] == whole.fit_summary()["steps"]
@@ -239,6 +240,7 @@ def test_hyperparameters_come_in_three_shapes_and_under_old_names():
     as_list[0] = "optimization.learning_rate=0.0001"
     assert flattened(as_dict) == flattened(as_list) == flattened(" ".join(as_list)) == expected
     assert flattened(None) == {}
+    assert flattened({"model.hf_text.checkpoint_name": Path("a")}) == {"model.hf_text.checkpoint_name": "a"}
 
 
 def test_what_is_not_understood_is_refused_with_the_nearest_name(place, teacher, tmp_path):
@@ -249,7 +251,7 @@ def test_what_is_not_understood_is_refused_with_the_nearest_name(place, teacher,
     with pytest.raises(ValueError, match=r"model.names has 'clip', which limbeck has not"):
         Options.parse({"model.names": ["clip"]}).kinds()
     with pytest.raises(ValueError, match=r"output_feature_loss_type is 'cosin'; did you mean 'cosine'"):
-        Options.parse({"distiller.output_feature_loss_type": "cosin"}).terms(False, (8, 8))
+        Options.parse({"distiller.output_feature_loss_type": "cosin"}).terms(False, taught=True)
     with pytest.raises(ValueError, match=r"lr_schedule is 'cosine'; did you mean 'cosine_decay'"):
         Options.parse({"optim.lr_schedule": "cosine"}).settings(10, 0, None)
     for wrong, limit, told in (
@@ -262,7 +264,7 @@ def test_what_is_not_understood_is_refused_with_the_nearest_name(place, teacher,
         with pytest.raises(ValueError, match=told):
             Options.parse(wrong).settings(10, 0, limit)
     with pytest.raises(ValueError, match="a number to predict has no classes; use 'mse'"):
-        Options.parse({"distiller.soft_label_loss_type": "cross_entropy"}).terms(True, (8, 8))
+        Options.parse({"distiller.soft_label_loss_type": "cross_entropy"}).terms(True, taught=True)
     with pytest.raises(ValueError, match="a predictor trains on one device; set it to 1"):
         Options.parse({"env.num_gpus": 2}).settings(10, 0, None)
     with pytest.warns(UserWarning, match=r"not used, for limbeck has no counterpart: optim.lr_choice"):
@@ -312,7 +314,7 @@ def signals(outputs=3, widths=(8, 8), rows=6):
 def values(given, outputs=3, widths=(8, 8), rows=6):
     """Each term of the door on one batch, and what it was made of."""
     student, teacher, batch, labels = signals(outputs, widths, rows)
-    terms = Options.parse({f"distiller.{k}": v for k, v in given.items()}).terms(outputs == 1, widths)
+    terms = Options.parse({f"distiller.{k}": v for k, v in given.items()}).terms(outputs == 1, taught=True)
     distiller = Distiller(student, teacher, terms)
     output = distiller(**batch, labels=labels)
     output.loss.backward()
@@ -412,6 +414,9 @@ def test_each_term_has_a_projection_of_its_own_where_widths_differ():
     output, *_, distiller = values(ALL, widths=(8, 12))
     projected = {term.name for term in distiller.terms if term.project}
     assert projected == {"output_feature", "softmax_regression"}
+    shapes = [tuple(p.shape) for p in distiller.objective.parameters() if p.ndim == 2]
+    assert shapes == [(12, 8), (12, 8)]
+    assert not list(values(ALL)[-1].objective.parameters())
     assert torch.isfinite(output.loss)
 
 

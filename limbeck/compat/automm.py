@@ -180,8 +180,7 @@ class MultiModalPredictor:
             tuning = as_frame(tuning_data)
         chosen = self.validation_metric or DEFAULT_METRICS[columns.problem]
         settings = options.settings(len(train), seed, time_limit)
-        widths = None if teacher is None else (model.network.features.width, teacher.network.features.width)
-        terms = options.terms(columns.problem == REGRESSION, widths)
+        terms = options.terms(columns.problem == REGRESSION, taught=teacher is not None)
         stamp = datetime.datetime.now().strftime("ag-%Y%m%d_%H%M%S_%f")
         self.path = str(save_path or self.path or Path("AutogluonModels") / stamp)
         if not self._resumes:
@@ -236,8 +235,10 @@ class MultiModalPredictor:
         return self._shaped(self.model.features(frame), frame, as_pandas)
 
     def fit_summary(self, verbosity: int = 0, show_plot: bool = False) -> dict[str, Any]:
-        """The best score on the tuning data and the seconds of the last `fit`."""
-        told = dict(self.model.notes["fit"])
+        """The best score on the tuning data and the seconds of the last `fit`; nothing of one that did not end."""
+        told = dict(self.model.notes.get("fit", {}))
+        if not told:
+            return told
         name = f"val_{self.validation_metric or DEFAULT_METRICS[self.model.columns.problem]}"
         return {name: told.pop("best_score"), "training_time": told.pop("seconds"), **told}
 

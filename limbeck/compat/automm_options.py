@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -130,6 +131,7 @@ PRECISIONS = {
     "16-mixed": "fp16",
 }
 FEATURE_LOSSES = {"mse": "mse", "mean_square_error": "mse", "cosine": "cosine", "cosine_distance": "cosine"}
+PROJECT = {"project": "linear_where_needed"}
 SOFT_LOSSES = {"mse": "logit_mse", "cross_entropy": "soft_cross_entropy"}
 
 
@@ -148,7 +150,8 @@ def flattened(hyperparameters: Hyperparameters) -> dict[str, Any]:
             if not equals:
                 raise ValueError(f"hyperparameter {name!r} has no value; write it as name=value")
         hyperparameters = {name: yaml.safe_load(value) for name, _, value in pairs}
-    return {_canonical(name): value for name, value in hyperparameters.items()}
+    given = {_canonical(name): value for name, value in hyperparameters.items()}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
 
 
 def _canonical(name: str) -> str:
@@ -255,12 +258,12 @@ class Options:
             setting, colon, problem = str(error).partition(": ")
             raise ValueError(f"{SETTINGS.get(setting, setting)}{colon}{problem}") from None
 
-    def terms(self, regression: bool, widths: tuple[int, int] | None) -> list[Term]:
+    def terms(self, regression: bool, taught: bool) -> list[Term]:
         """What is learned.
 
         Args:
             regression: Whether a number is predicted.
-            widths: Of the features of student and teacher; None where there is no teacher.
+            taught: Whether there is a teacher.
 
         Raises:
             ValueError: an unknown type of loss, or one that numbers have not.
@@ -270,18 +273,17 @@ class Options:
         hard = Term(
             "labels",
             loss="label_mse" if regression else "cross_entropy",
-            weight=1.0 if widths is None else get["hard_label_weight"],
+            weight=get["hard_label_weight"] if taught else 1.0,
             name="hard_label",
             **smoothing,
         )
-        if widths is None:
+        if not taught:
             return [hard]
-        project = "linear" if widths[0] != widths[1] else None
         feature = _chosen("distiller.output_feature_loss_type", get["output_feature_loss_type"], FEATURE_LOSSES)
         kind = self._kind("softmax_regression_loss_type", regression)
-        borrowed = {"loss": "softmax_regression", "head": "head", "kind": kind, "project": project}
+        borrowed = {"loss": "softmax_regression", "head": "head", "kind": kind, **PROJECT}
         weighted: dict[str, tuple[str, dict[str, Any]]] = {
-            "output_feature": ("output_feature_loss_weight", {"loss": feature, "project": project}),
+            "output_feature": ("output_feature_loss_weight", {"loss": feature, **PROJECT}),
             "softmax_regression": ("softmax_regression_weight", borrowed),
             "rkd_distance": ("rkd_distance_loss_weight", {"loss": "rkd_distance"}),
             "rkd_angle": ("rkd_angle_loss_weight", {"loss": "rkd_angle"}),
