@@ -221,8 +221,9 @@ def check_folder(folder: str | Path) -> None:
         >>> check_folder("a folder that is not there")
     """
     folder = Path(folder)
-    others = folder.is_dir() and any(path.name != TRAINING for path in folder.iterdir())
-    if others and not (folder / COLUMNS).is_file():
+    if (folder / COLUMNS).is_file() or not folder.is_dir():
+        return
+    if any(path.name != TRAINING or path.is_file() or any(path.iterdir()) for path in folder.iterdir()):
         raise ValueError(f"{folder} holds other files and no model of data frames; choose another folder")
 
 
@@ -267,6 +268,8 @@ def fit_frame_model(
         >>> fit_frame_model(model, frame, frame, settings, [Term("labels", loss="cross_entropy")]).best_score
         1.0
     """
+    if folder is not None:
+        check_folder(folder)
     if teacher is not None:
         _check_same_labels(student.columns, teacher.columns)
     rows, remembered = student.encode(train), None
@@ -279,7 +282,6 @@ def fit_frame_model(
     held = None if tuning is None else student.encode(tuning)
     checkpoints = None
     if folder is not None:
-        check_folder(folder)
         checkpoints = Path(folder) / TRAINING
         callbacks = [*callbacks, _Begun(student, Path(folder))]
     fitted = fit(distiller, rows, held, settings, metric=judge, callbacks=callbacks, folder=checkpoints)

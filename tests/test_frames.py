@@ -476,6 +476,10 @@ def test_a_model_is_fitted_into_a_folder_and_goes_on_there(tmp_path):
     np.testing.assert_array_equal(FrameModel.load(tmp_path / "whole").logits(frame), whole.logits(frame))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    for write in (whole.save, fitted):
-        with pytest.raises(ValueError, match="holds other files and no model of data frames; choose another"):
-            write(tmp_path / "other")
+    (tmp_path / "mine" / "training").mkdir(parents=True)
+    (tmp_path / "mine" / "training" / "photo.png").write_text("mine")
+    for folder in ("other", "mine"):
+        for write in (whole.save, fitted):
+            with pytest.raises(ValueError, match="holds other files and no model of data frames; choose another"):
+                write(tmp_path / folder)
+    assert (tmp_path / "mine" / "training" / "photo.png").is_file()

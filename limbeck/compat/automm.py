@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck.compat.automm_options import Hyperparameters, Options, flattened
 from limbeck.evaluate import count_parameters, size_in_bytes
-from limbeck.frame_model import TRAINING, FrameModel, fit_frame_model
+from limbeck.frame_model import TRAINING, FrameModel, check_folder, fit_frame_model
 from limbeck.registry import nearest, refuse_unknown
 from limbeck.tasks.column_kinds import CLASSIFICATION, PROBLEMS, REGRESSION, as_frame
 from limbeck.tasks.frames import Columns
@@ -183,6 +183,7 @@ class MultiModalPredictor:
         terms = options.terms(columns.problem == REGRESSION, taught=teacher is not None)
         stamp = datetime.datetime.now().strftime("ag-%Y%m%d_%H%M%S_%f")
         self.path = str(save_path or self.path or Path("AutogluonModels") / stamp)
+        check_folder(self.path)
         if not self._resumes:
             shutil.rmtree(Path(self.path) / TRAINING, ignore_errors=True)
         model.notes.update({name: getattr(self, name) for name in KEPT})
