@@ -25,7 +25,7 @@ types: $(READY)
 	$(RUN)/mypy
 
 unit: $(READY)
-	HF_HUB_OFFLINE=1 $(RUN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto --dist loadfile
 
 docs: $(READY)
 	$(RUN)/python docs/make_losses.py

@@ -371,7 +371,7 @@ def test_bad_options(limbeck, place, tmp_path, changes, fragments):
         ("student.path=encoder", ["has no 'encoder'", "'bert.encoder.layer'"]),
         ("training.optimizer_options={bets: 1}", ["optimizer 'adamw' has no option 'bets'", "'betas'"]),
         ("terms.kd.weigth=2", ["terms.kd", "no option 'weigth'", "'weight'"]),
-        ("terms.kd.temperature=hot", ["terms.kd", "unknown temperature by name 'hot'; known: "]),
+        ("terms.kd.temperature=hot", ["terms.kd", "unknown temperature 'hot'; known: "]),
         ("terms.kd.weight=-1", ["terms.kd", "is -1, which pushes the student away"]),
         ("task.text=[text, text, text]", ["task.text", "one text column or two different ones", "3 are named"]),
     ],

@@ -24,7 +24,7 @@ from limbeck.types import Sampled, Sparse, TopK
 TRANSFORMS: Registry[Callable[..., tuple[Tensor, Any]]] = Registry("transform")
 """Functions ``(student, teacher, *, labels=None, options) -> (student, teacher)``."""
 
-TEMPERATURES: Registry[Callable[..., Tensor]] = Registry("temperature by name")
+TEMPERATURES: Registry[Callable[..., Tensor]] = Registry("temperature")
 """Functions ``(student, teacher, *, mask=None, options) -> (...,)`` of logits (..., C), above 0."""
 
 
