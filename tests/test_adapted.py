@@ -202,6 +202,11 @@ def test_modes_come_back_after_an_error():
             TypeError,
             "no option 'l'; did you mean 'lr'",
         ),
+        (
+            lambda: also_train(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0), [(nn.Linear(1, 1), {})], 1),
+            ValueError,
+            "after scheduler= was made of it; make it afterwards",
+        ),
     ],
 )
 def test_mistakes_are_told(call, error, message):

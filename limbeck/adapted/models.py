@@ -224,7 +224,10 @@ def also_train(
     for module, options in modules:
         new = [p for p in module.parameters() if p not in held]
         if new and scheduler is not None:
-            raise ValueError("projections are added to the optimizer after scheduler=; use scheduler_class=")
+            raise ValueError(
+                "projections are added to the optimizer after scheduler= was made of it; make it afterwards, or "
+                "use scheduler_class= where there is one"
+            )
         refuse_unknown(options, known, f"{type(optimizer).__name__} for a projection")
         if new:
             optimizer.add_param_group({"params": new, **options})

@@ -81,7 +81,7 @@ class AbstractDistiller(Trains):
         projections = [match.proj for match in self._matches]
         self.projs = [None if proj is None else PROJ_MAP[proj[0]](*proj[1:3]) for proj in projections]
         self.projs_group = [None if proj is None else proj[3] for proj in projections]
-        self._memories: dict[str | None, Memory] = {}
+        self._memories: dict[str, Memory] = {}
 
     def train_on_batch(self, batch: Any, args: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The loss of a batch, and what it is made of.
@@ -90,9 +90,8 @@ class AbstractDistiller(Trains):
             batch: The batch.
             args: What the models are called with beside it.
         """
-        return self.compute_loss(
-            *self._read(batch, args, self.model_S, self.model_T, self.adaptor_T, self.adaptor_S)
-        )
+        models, adaptors = (self.model_S, self.model_T), (self.adaptor_S, self.adaptor_T)
+        return self.compute_loss(*self._read(batch, args, models, adaptors))
 
     def compute_loss(self, results_S: Entries, results_T: Entries) -> tuple[Any, dict[str, Any]]:
         """The weighted sum of all losses, and each of them without its weight.
@@ -152,24 +151,17 @@ class AbstractDistiller(Trains):
         return CORRECT.get(loss, loss) if self._given.correct else loss
 
     def _read(
-        self,
-        batch: Any,
-        args: Mapping[str, Any],
-        model_S: Any,
-        model_T: Any,
-        adaptor_T: Any,
-        adaptor_S: Any,
-        task: str | None = None,
+        self, batch: Any, args: Mapping[str, Any], models: Sequence[Any], adaptors: Sequence[Any], task: str = ""
     ) -> tuple[Entries, Entries]:
         """What both adaptors give of a batch."""
         if self.d_config.is_caching_logits and task not in self._memories:
-            several = isinstance(model_T, (list, tuple))
+            several = isinstance(models[1], (list, tuple))
             self._memories[task] = Memory(
-                lambda own: read_teacher(adaptor_T, own, call(model_T, own, args), several),
+                lambda own: read_teacher(adaptors[1], own, call(models[1], own, args), several),
                 [(match.feature, layer) for match in self._matches for layer in listed(match.layer_T)],
             )
         how = {"named": args, "memory": self._memories.get(task), "device": self.t_config.device}
-        return read_both(batch, model_S, model_T, adaptor_S, adaptor_T, **how)
+        return read_both(batch, *models, *adaptors, **how)
 
     def _groups(self) -> list[tuple[nn.Module, Mapping[str, Any]]]:
         both = zip(self.projs, self.projs_group, strict=True)
@@ -232,7 +224,7 @@ class GeneralDistiller(AbstractDistiller):
         """The loss of a batch, and what it is made of."""
         if not self._custom:
             return super().train_on_batch(batch, args)
-        both = self._read(batch, args, *self._watched, self.adaptor_T, self.adaptor_S)
+        both = self._read(batch, args, self._watched, (self.adaptor_S, self.adaptor_T))
         sides = zip(both, self._watched, strict=True)
         return self.compute_loss(*({**results, WATCHED: side.seen} for results, side in sides))
 
@@ -305,8 +297,8 @@ class MultiTaskDistiller(AbstractDistiller):
     def train_on_batch(self, batch: Any, args: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The loss of ``(batch, task)``, and what it is made of."""
         batch, task = batch
-        own = self.model_T[task], self.adaptor_T[task], self.adaptor_S[task]
-        return self.compute_loss(*self._read(batch, args, self.model_S, *own, task))
+        models, adaptors = (self.model_S, self.model_T[task]), (self.adaptor_S[task], self.adaptor_T[task])
+        return self.compute_loss(*self._read(batch, args, models, adaptors, task))
 
 
 class BasicTrainer(Trains):
