@@ -146,6 +146,12 @@ def test_snapshots_are_taken_at_parts_of_epochs():
     assert taken == [6, 8, 10, 12]  # halves of the second epoch, and of the last
 
 
+def test_a_loop_on_no_device_is_refused():
+    model = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="unknown device 'gpu'; write 'cpu'"):
+        Loop(squares, model, data(), torch.optim.SGD(model.parameters(), lr=0.1), epochs=1, device="gpu")
+
+
 def test_modes_come_back_after_an_error():
     student, teacher = nn.Sequential(nn.Tanh()).eval(), nn.Sequential(nn.Tanh())
     teacher[0].eval()

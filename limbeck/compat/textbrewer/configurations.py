@@ -25,6 +25,7 @@ from limbeck.compat.textbrewer.presets import (
     find,
 )
 from limbeck.registry import refuse_unknown
+from limbeck.train.refusals import check_device
 
 PAIRED = {"fsp", "gram", "nst", "mmd"}
 """Losses that compare two layers with two."""
@@ -127,10 +128,7 @@ class TrainingConfig(Config):
         find(self.fp16_opt_level, dict.fromkeys(("O0", "O1", "O2", "O3")), "fp16_opt_level")
         if self.device is None:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if _kind_of(self.device) == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"device is {str(self.device)!r}, and there is no GPU; write device='cpu', or leave it out"
-            )
+        check_device(self.device)
         Path(self.output_dir).mkdir(parents=True, exist_ok=True)
 
 
@@ -235,20 +233,6 @@ def _number(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return value
-
-
-def _kind_of(device: Any) -> str:
-    """``"cpu"``, ``"cuda"`` and so on.
-
-    Raises:
-        ValueError: what PyTorch knows as no device.
-    """
-    if isinstance(device, int):  # a GPU by its number
-        return "cuda"
-    try:
-        return torch.device(device).type
-    except (RuntimeError, TypeError):
-        raise ValueError(f"unknown device {device!r}; write 'cpu', 'cuda' or 'cuda:0'") from None
 
 
 @dataclass(repr=False)
