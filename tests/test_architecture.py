@@ -27,7 +27,7 @@ LAYERS = [
     "terms teachers students balance",
     "objective checks layerwise stages",
     "distiller witness standin",
-    "train report alongside accompanied",
+    "train report alongside accompanied adapted",
     "tasks evaluate",
     "recipe stage encodings",
     "models pairing plan keeping frame_model",

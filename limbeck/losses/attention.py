@@ -72,7 +72,13 @@ def valid_tokens(mask: Tensor | None, pattern: Tensor) -> Tensor | None:
 
 
 def relative_entropy(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, *, cross: bool = False, renormalize: bool = True
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    *,
+    cross: bool = False,
+    renormalize: bool = True,
+    above: float | None = None,
 ) -> Tensor:
     """How the student's rows of a pattern differ from the teacher's: KL divergence or cross-entropy, (B, h, L).
 
@@ -82,8 +88,10 @@ def relative_entropy(
         mask: (B, L); a masked query gives 0.
         cross: Whether the teacher's entropy is left in.
         renormalize: Whether masked keys are kept out of the softmax, and not only out of the sum behind it.
+        above: Keys with scores of the teacher up to this one are left out of the sum; None for none.
     """
     valid = valid_tokens(mask, student)
+    counts = None if above is None else teacher > above
     if valid is not None:
         student, teacher = (_masked_scores(side, valid, renormalize) for side in (student, teacher))
     log_q = torch.log_softmax(student, dim=-1)
@@ -94,6 +102,7 @@ def relative_entropy(
         p, values = log_p.exp(), log_p - log_q
     if valid is not None and (cross or not renormalize):
         p = p * valid[:, None, None, :].to(p.dtype)
+    p = p if counts is None else p * counts.to(p.dtype)
     total = weighted_sum(p, values)
     total = total if valid is None else zero_unless(valid.unsqueeze(1), total)
     return -total if cross else total
@@ -190,6 +199,7 @@ def attention_kl(
     kind: Literal["kl", "cross_entropy"] = "kl",
     heads: Heads = "each",
     renormalize: bool = True,
+    above: float | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     r"""Kullback-Leibler divergence between the attention of the teacher's queries and that of the student's.
@@ -205,6 +215,8 @@ def attention_kl(
         heads: Compare ``"each"`` head, or the ``"mean"`` or ``"sum"`` of all, scores or probabilities.
         renormalize: Whether masked keys are kept out of the softmax. False only leaves them out of the sum over
             the keys, and is the same where their scores are minus infinity already.
+        above: Leave keys with scores of the teacher up to this one out of the sum over the keys; None for none. Of
+            probabilities, the score is the logarithm.
         mask: (B, L), tokens that are 0 count neither as queries nor as keys.
 
     Returns:
@@ -221,7 +233,7 @@ def attention_kl(
     Reference:
         Wang et al. 2020, MiniLM, arXiv:2002.10957, on the last layer. TextBrewer's ``attention_ce`` is
         ``kind="cross_entropy", renormalize=False``, its ``attention_ce_mean`` that with ``heads="mean"``; without
-        a mask they drop the keys with negative scores of the teacher.
+        a mask ``above=-1e-3``, which drops the keys with negative scores of the teacher.
     """
     if of not in ("scores", "probabilities"):
         raise ValueError(f"unknown content {of!r} of attention; known: scores, probabilities")
@@ -233,7 +245,8 @@ def attention_kl(
         valid = valid_tokens(mask, student) if renormalize else None
         student, teacher = scores_of(student, tiny, valid), scores_of(teacher, tiny, valid)
     cross = kind == "cross_entropy"
-    return relative_entropy(student, teacher, mask, cross=cross, renormalize=renormalize).mean(dim=1)
+    values = relative_entropy(student, teacher, mask, cross=cross, renormalize=renormalize, above=above)
+    return values.mean(dim=1)
 
 
 @loss

@@ -24,7 +24,7 @@ from limbeck.train.checkpoint import random_state, set_random_state
 from limbeck.train.loop import AUTOCAST
 from limbeck.train.plain_state import WEIGHTS, Callback, Draws, Keeping, State
 from limbeck.train.ranks import start_accelerator
-from limbeck.train.refusals import check_callbacks, check_folder
+from limbeck.train.refusals import check_callbacks, check_device, check_folder
 from limbeck.train.settings import Settings
 from limbeck.types import Output
 
@@ -269,6 +269,8 @@ class Loop:
             raise TypeError(f"the loader gives batches, got {type(loader).__name__}; pass a DataLoader or a list")
         check_callbacks(self.callbacks, Callback)
         check_folder(self.folder)
+        if self.device is not None:
+            check_device(self.device)
         for name, known in (("precision", AUTOCAST), ("scheduler_every", ("step", "epoch"))):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, got {value!r}")

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from limbeck.distiller import Distiller
 from limbeck.train.settings import Settings
 
@@ -90,3 +92,25 @@ def check_trains(distiller: Distiller) -> None:
     if not any(parameter.requires_grad for parameter in distiller.parameters()):
         name = type(distiller.student).__name__
         raise ValueError(f"nothing of the student ({name}) trains; call requires_grad_(True) on what shall")
+
+
+def check_device(device: Any) -> None:
+    """Refuse where nothing can train.
+
+    Args:
+        device: A device, its name, or the number of a GPU.
+
+    Raises:
+        ValueError: what PyTorch knows as no device, or a GPU where there is none.
+
+    Example:
+        >>> check_device("gpu")
+        Traceback (most recent call last):
+        ValueError: unknown device 'gpu'; write 'cpu', 'cuda' or 'cuda:0'
+    """
+    try:
+        kind = "cuda" if isinstance(device, int) else torch.device(device).type
+    except (RuntimeError, TypeError):
+        raise ValueError(f"unknown device {device!r}; write 'cpu', 'cuda' or 'cuda:0'") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {str(device)!r}, and there is no GPU; write device='cpu', or leave it out")

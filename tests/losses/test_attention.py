@@ -66,19 +66,21 @@ def naive_attention_mse(student, teacher, *, heads="each", average="queries", ze
     return values
 
 
-def naive_row(student, teacher, valid, cross, renormalize):
+def naive_row(student, teacher, valid, cross, renormalize, above=None):
     """Relative entropy of one row of scores, over the keys that are valid."""
     inside = [j for j in range(len(student)) if valid[j] or not renormalize]
     p_sum, q_sum = sum(teacher[j].exp() for j in inside), sum(student[j].exp() for j in inside)
     total = 0.0
     for j in range(len(student)):
-        if valid[j]:
+        if valid[j] and (above is None or teacher[j] > above):
             p, q = teacher[j].exp() / p_sum, student[j].exp() / q_sum
             total = total - p * q.log() + (0.0 if cross else p * p.log())
     return total
 
 
-def naive_attention_kl(student, teacher, *, of="scores", kind="kl", heads="each", renormalize=True, mask=None):
+def naive_attention_kl(
+    student, teacher, *, of="scores", kind="kl", heads="each", renormalize=True, above=None, mask=None
+):
     batch, _, length, _ = student.shape
     ours, theirs = merged(student, heads), merged(teacher, heads)
     if of == "probabilities":
@@ -89,7 +91,7 @@ def naive_attention_kl(student, teacher, *, of="scores", kind="kl", heads="each"
         for i in range(length):
             if valid[i]:
                 rows = [
-                    naive_row(x[b, i], y[b, i], valid, kind == "cross_entropy", renormalize)
+                    naive_row(x[b, i], y[b, i], valid, kind == "cross_entropy", renormalize, above)
                     for x, y in zip(ours, theirs, strict=True)
                 ]
                 values[b, i] = sum(rows) / len(rows)
@@ -153,6 +155,8 @@ NAIVE = {
         *[(naive_attention_kl, AS, AT, {"kind": "cross_entropy", "mask": m}) for m in (None, MASK)],
         (naive_attention_kl, AS, AT, {"kind": "cross_entropy", "renormalize": False, "mask": MASK}),
         (naive_attention_kl, AS, AT, {"renormalize": False, "mask": MASK}),
+        *[(naive_attention_kl, AS, AT, {"above": 0.0, "mask": m}) for m in (None, MASK)],
+        (naive_attention_kl, AS, AT, {"above": 0.1, "kind": "cross_entropy", "heads": "mean"}),
         (naive_attention_kl, AS, FOUR_HEADS, {"heads": "mean"}),
         *[(naive_attention_kl, PS, PT, {"of": "probabilities", "mask": m}) for m in (None, MASK)],
         (naive_attention_kl, PS, PT, {"of": "probabilities", "heads": "mean"}),

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
+from limbeck.adapted.matches import listed
 from limbeck.compat.textbrewer.presets import (
     FEATURES,
     KD_LOSS_MAP,
@@ -24,9 +25,13 @@ from limbeck.compat.textbrewer.presets import (
     find,
 )
 from limbeck.registry import refuse_unknown
+from limbeck.train.refusals import check_device
 
 PAIRED = {"fsp", "gram", "nst", "mmd"}
 """Losses that compare two layers with two."""
+
+ALIKE = {"hidden_mse", "cos", "pkd"}
+"""Losses that compare number by number."""
 
 
 @dataclass(repr=False)
@@ -123,10 +128,7 @@ class TrainingConfig(Config):
         find(self.fp16_opt_level, dict.fromkeys(("O0", "O1", "O2", "O3")), "fp16_opt_level")
         if self.device is None:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if _kind_of(self.device) == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"device is {str(self.device)!r}, and there is no GPU; write device='cpu', or leave it out"
-            )
+        check_device(self.device)
         Path(self.output_dir).mkdir(parents=True, exist_ok=True)
 
 
@@ -160,9 +162,9 @@ class IntermediateMatch(Config):
         _number("the weight of a match", self.weight)
         for name in ("layer_T", "layer_S"):
             layers = getattr(self, name)
-            if isinstance(layers, str) or not all(isinstance(layer, Integral) for layer in several(layers)):
+            if isinstance(layers, str) or not all(isinstance(layer, Integral) for layer in listed(layers)):
                 raise TypeError(f"{name} is a layer's number or a list of them, got {layers!r}")
-        counts = {len(several(self.layer_S)), len(several(self.layer_T))}
+        counts = {len(listed(self.layer_S)), len(listed(self.layer_T))}
         if len(counts) > 1 or (self.loss in PAIRED and counts != {2}):
             wanted = "two layers of each model" if self.loss in PAIRED else "as many layers of both models"
             layers = f"layer_S={self.layer_S} and layer_T={self.layer_T}"
@@ -170,6 +172,24 @@ class IntermediateMatch(Config):
         if self.proj:
             given = self.proj
             self.proj = _projection(*([given] if isinstance(given, str) else given))
+
+    def check_projected(self, state: Tensor) -> None:
+        """Refuse a state of the student that the projection does not take."""
+        proj, width = self.proj, state.shape[-1]
+        if proj and proj[0] in ("linear", "relu", "tanh") and width != proj[1]:
+            raise ValueError(
+                f"proj {list(proj[:3])} of {self.loss} takes a width of {proj[1]}, and {self.feature} "
+                f"{self.layer_S} of the student is {tuple(state.shape)}; write dim_S={width}"
+            )
+
+    def check_widths(self, student: Any, teacher: Any) -> None:
+        """Refuse states of two widths where a loss compares number by number."""
+        if self.loss in ALIKE and student.shape[-1] != teacher.shape[-1]:
+            raise ValueError(
+                f"{self.loss} compares a width of {student.shape[-1]} ({self.feature} {self.layer_S} of the "
+                f"student) with {teacher.shape[-1]} ({self.layer_T} of the teacher); write 'proj': ['linear', "
+                f"dim_S, {teacher.shape[-1]}]"
+            )
 
 
 @dataclass(repr=False)
@@ -193,11 +213,6 @@ class CustomMatch(Config):
     proj_group: Mapping[str, Any] | None = None
 
 
-def several(layers: int | Sequence[int]) -> Sequence[int]:
-    """One layer or more as a list."""
-    return layers if isinstance(layers, Sequence) else [layers]
-
-
 def _projection(kind: str, *dims: Any) -> list[Any]:
     """``[kind, dim_S, dim_T, options]``."""
     find(kind, PROJ_MAP, "projection")
@@ -218,20 +233,6 @@ def _number(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return value
-
-
-def _kind_of(device: Any) -> str:
-    """``"cpu"``, ``"cuda"`` and so on.
-
-    Raises:
-        ValueError: what PyTorch knows as no device.
-    """
-    if isinstance(device, int):  # a GPU by its number
-        return "cuda"
-    try:
-        return torch.device(device).type
-    except (RuntimeError, TypeError):
-        raise ValueError(f"unknown device {device!r}; write 'cpu', 'cuda' or 'cuda:0'") from None
 
 
 @dataclass(repr=False)

@@ -1,47 +1,32 @@
-"""TextBrewer's distillers: a student, its teacher, and adaptors that name what the models return."""
+"""TextBrewer's distillers: `limbeck.adapted` with their arguments, and with the parts that users override."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from limbeck.adapted import AdaptedObjective, Entries, Match, Memory, call, entries_of, read_both, total_of
+from limbeck.adapted.matches import listed
+from limbeck.adapted.models import Adaptor, read_teacher
 from limbeck.compat.textbrewer.configurations import (
     CustomMatch,
     DistillationConfig,
     IntermediateMatch,
     TrainingConfig,
-    several,
 )
-from limbeck.compat.textbrewer.distiller_utils import (
-    auto_forward,
-    check_projected,
-    check_widths,
-    get_outputs_from_batch,
-    logits_of,
-    move_to_device,
-    post_adaptor,
-    probability_shift_,
-    refuse_other,
-    said,
-    sum_of,
-)
+from limbeck.compat.textbrewer.distiller_utils import move_to_device, probability_shift_
 from limbeck.compat.textbrewer.losses import CORRECT
 from limbeck.compat.textbrewer.presets import KD_LOSS_MAP, MATCH_LOSS_MAP, PROJ_MAP, find
 from limbeck.compat.textbrewer.training import Trains, in_either_order
-from limbeck.losses.base import full_precision
-from limbeck.teachers.remembered import Remembered
 from limbeck.teachers.watched import Watched
 from limbeck.train.loaders import MixedLoaders
-from limbeck.types import TEACHER_CACHE
 
-Adaptor = Callable[[Any, Any], Mapping[str, Any]]
-Results = Mapping[str, Any]
-"""What an adaptor gives."""
+WATCHED = "custom"
+"""The entry in which the outputs of watched modules are."""
 
 
 class AbstractDistiller(Trains):
@@ -59,6 +44,12 @@ class AbstractDistiller(Trains):
     reads_layers = False
     """Whether it has a use for ``intermediate_matches``."""
 
+    kinds: Sequence[Any] = (object,)
+    """What its teachers may be: one model or several."""
+
+    words = ""
+    """The same in words."""
+
     def __init__(
         self,
         train_config: TrainingConfig,
@@ -68,10 +59,18 @@ class AbstractDistiller(Trains):
         adaptor_T: Any,
         adaptor_S: Any,
     ) -> None:
-        refuse_other(train_config, TrainingConfig, "first")
-        refuse_other(distill_config, DistillationConfig, "second")
+        for config, kind, place in (
+            (train_config, TrainingConfig, "first"),
+            (distill_config, DistillationConfig, "second"),
+        ):
+            if not isinstance(config, kind):
+                raise TypeError(f"the {place} argument of a distiller is a {kind.__name__}, got {_said(config)}")
+        if not isinstance(model_T, tuple(self.kinds)) or model_T == []:
+            raise TypeError(
+                f"{type(self).__name__} has {self.words}, got {_said(model_T)}; MultiTeacherDistiller has a list, "
+                "MultiTaskDistiller a dict, and all others have one"
+            )
         super().__init__(train_config, model_T, model_S)
-        self._check_teachers(model_T)
         self.d_config, self._given = copy.copy(distill_config), distill_config
         self.adaptor_T, self.adaptor_S = adaptor_T, adaptor_S
         self.kd_loss = self._as_configured(KD_LOSS_MAP[distill_config.kd_loss_type])
@@ -82,10 +81,7 @@ class AbstractDistiller(Trains):
         projections = [match.proj for match in self._matches]
         self.projs = [None if proj is None else PROJ_MAP[proj[0]](*proj[1:3]) for proj in projections]
         self.projs_group = [None if proj is None else proj[3] for proj in projections]
-        self._memories: dict[str | None, Remembered] = {}
-
-    def _check_teachers(self, model_T: Any) -> None:
-        """Refuse what is not as many teachers as this distiller has; a user's own may have any."""
+        self._memories: dict[str, Memory] = {}
 
     def train_on_batch(self, batch: Any, args: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The loss of a batch, and what it is made of.
@@ -94,46 +90,35 @@ class AbstractDistiller(Trains):
             batch: The batch.
             args: What the models are called with beside it.
         """
-        return self._distil(batch, args, None, self.model_T, self.adaptor_T, self.adaptor_S)
+        models, adaptors = (self.model_S, self.model_T), (self.adaptor_S, self.adaptor_T)
+        return self.compute_loss(*self._read(batch, args, models, adaptors))
 
-    def compute_loss(self, results_S: Results, results_T: Results) -> tuple[Any, dict[str, Any]]:
+    def compute_loss(self, results_S: Entries, results_T: Entries) -> tuple[Any, dict[str, Any]]:
         """The weighted sum of all losses, and each of them without its weight.
 
         Args:
             results_S: What the student's adaptor gave.
             results_T: What the teacher's adaptor gave.
         """
-        total: Any = 0
-        parts: dict[str, Any] = {}
-        with torch.autocast(torch.device(self.t_config.device).type, enabled=False):
-            for name, weight, value in self.match(results_S, results_T):
-                parts[f"unweighted_{name}"] = value
-                total = total + value * weight
-        return total, parts
-
-    def match(self, results_S: Results, results_T: Results) -> Iterator[tuple[str, float, Any]]:
-        """Name, weight and value of each loss."""
+        config, weights = self.d_config, {}
         if "logits" in results_S and "logits" in results_T:
-            value = sum(self._of_logits(*pair) for pair in logits_of(results_S, results_T))
-            yield "kd_loss", self.d_config.kd_loss_weight, value
-        for match, project in zip(self._matches, self.projs, strict=False):  # a user's own may have others
-            layers = ("-".join(map(str, several(layer))) for layer in (match.layer_S, match.layer_T))
-            name = f"{match.feature}_{match.loss}_{'_'.join(layers)}"
-            yield name, match.weight, self._of_layers(match, project, results_S, results_T)
+            weights["logits"] = config.kd_loss_weight
         if "losses" in results_S:
-            yield "hard_label_loss", self.d_config.hard_label_weight, sum_of(results_S["losses"])
+            weights["losses"] = config.hard_label_weight
         elif (weight := self._given.hard_label_weight) > 0:
             warnings.warn(
                 f"hard_label_weight is {weight}, and the student's adaptor gave no 'losses', "
                 f"only {sorted(results_S)}: the labels teach nothing",
                 stacklevel=2,
             )
+        objective = AdaptedObjective(weights, self._of_logits, self._layers(), self.t_config.device)
+        total, parts = objective(results_S, results_T)
+        names = {"logits": "kd_loss", "losses": "hard_label_loss"}
+        return total, {f"unweighted_{names.get(name, name)}": value for name, value in parts.items()}
 
     def _of_logits(self, logits_S: Tensor, logits_T: Tensor, labels: Tensor | None) -> Tensor:
         """The loss of one pair of logits (N, C)."""
         config = self.d_config
-        if not logits_S.numel():
-            return logits_S.sum()  # no token counts: nothing, with a gradient of nothing
         if config.probability_shift:
             if labels is None:
                 raise ValueError("probability_shift needs 'labels' from the student's adaptor")
@@ -144,48 +129,39 @@ class AbstractDistiller(Trains):
         loss: Tensor = self.kd_loss(logits_S, logits_T, temperature)
         return loss
 
-    def _of_layers(
-        self, match: IntermediateMatch, project: nn.Module | None, results_S: Results, results_T: Results
-    ) -> Any:
-        """The loss between one layer and one, or between two and two."""
-        ours = _layers_of(results_S, match.layer_S, match, "student")
-        theirs = _layers_of(results_T, match.layer_T, match, "teacher")
-        check_projected(match, ours)
-        if project is not None:
-            ours = [project(full_precision(state)) for state in ours]
-        check_widths(match, ours, theirs)
-        sides = (ours, theirs) if isinstance(match.layer_S, Sequence) else (ours[0], theirs[0])
-        return self._as_configured(MATCH_LOSS_MAP[match.loss])(*sides, mask=results_S.get("inputs_mask"))
+    def _layers(self) -> list[Match]:
+        """The matches of the configuration; a user's own distiller may have other projections."""
+        return [self._layer(*both) for both in zip(self._matches, self.projs, strict=False)]
+
+    def _layer(self, match: IntermediateMatch, project: nn.Module | None) -> Match:
+        loss = self._as_configured(MATCH_LOSS_MAP[match.loss])
+
+        def projected(state: Tensor) -> Tensor:
+            match.check_projected(state)
+            return state if project is None else project(state)
+
+        def compare(ours: Any, theirs: Any, mask: Tensor | None, _: Any) -> Any:
+            match.check_widths(ours, theirs)
+            return loss(ours, theirs, mask=mask)
+
+        layers = match.feature, match.layer_S, match.layer_T
+        return Match(*layers, compare, match.weight, projected, match.loss)
 
     def _as_configured(self, loss: Callable[..., Any]) -> Callable[..., Any]:
         return CORRECT.get(loss, loss) if self._given.correct else loss
 
-    def _distil(
-        self, batch: Any, args: Mapping[str, Any], task: str | None, model_T: Any, adaptor_T: Any, adaptor_S: Any
-    ) -> tuple[Any, dict[str, Any]]:
-        brings_along = isinstance(batch, Mapping) and TEACHER_CACHE in batch
-        remembers = self.d_config.is_caching_logits and not brings_along
-        (batch_T, outputs_T), (batch_S, outputs_S) = self._outputs(batch, args, model_T, remembers)
-        results_S = post_adaptor(adaptor_S(batch_S, outputs_S))
-        if not remembers:
-            return self.compute_loss(results_S, self._adapt(adaptor_T, batch_T, outputs_T))
-        if task not in self._memories:
-            self._memories[task] = Remembered(
-                lambda own: self._flat(self._adapt(adaptor_T, own, auto_forward(model_T, own, args)))
+    def _read(
+        self, batch: Any, args: Mapping[str, Any], models: Sequence[Any], adaptors: Sequence[Any], task: str = ""
+    ) -> tuple[Entries, Entries]:
+        """What both adaptors give of a batch."""
+        if self.d_config.is_caching_logits and task not in self._memories:
+            several = isinstance(models[1], (list, tuple))
+            self._memories[task] = Memory(
+                lambda own: read_teacher(adaptors[1], own, call(models[1], own, args), several),
+                [(match.feature, layer) for match in self._matches for layer in listed(match.layer_T)],
             )
-        return self.compute_loss(results_S, _nested(self._memories[task](batch_T)))
-
-    def _flat(self, results: Results) -> dict[str, Tensor]:
-        """What is learned of a teacher's results, by names such as ``"logits.0"`` and ``"hidden.4"``."""
-        places = [("logits", place) for place in range(len(results.get("logits", ())))]
-        places += [(match.feature, layer) for match in self._matches for layer in several(match.layer_T)]
-        return {f"{kind}.{place}": results[kind][place] for kind, place in places}
-
-    def _outputs(self, batch: Any, args: Mapping[str, Any], model_T: Any, without_teacher: bool) -> Any:
-        return get_outputs_from_batch(batch, self.t_config.device, model_T, self.model_S, args, without_teacher)
-
-    def _adapt(self, adaptor: Any, batch: Any, outputs: Any) -> dict[str, Any]:
-        return post_adaptor(adaptor(batch, outputs))
+        how = {"named": args, "memory": self._memories.get(task), "device": self.t_config.device}
+        return read_both(batch, *models, *adaptors, **how)
 
     def _groups(self) -> list[tuple[nn.Module, Mapping[str, Any]]]:
         both = zip(self.projs, self.projs_group, strict=True)
@@ -222,6 +198,7 @@ class GeneralDistiller(AbstractDistiller):
     """
 
     reads_layers = True
+    kinds, words = (Callable,), "one teacher"
 
     def __init__(
         self,
@@ -238,36 +215,21 @@ class GeneralDistiller(AbstractDistiller):
         self._custom = [m if isinstance(m, CustomMatch) else CustomMatch.from_dict(m) for m in given]
         if self._custom and distill_config.is_caching_logits:
             raise ValueError("custom_matches read the teacher's modules, which must run; drop is_caching_logits")
-        self._watched = {
-            "student": Watched(model_S, [match.module_S for match in self._custom]),
-            "teacher": Watched(model_T, [match.module_T for match in self._custom]),
-        }
+        self._watched = (
+            Watched(model_S, [match.module_S for match in self._custom]),
+            Watched(model_T, [match.module_T for match in self._custom]),
+        )
 
-    def _check_teachers(self, model_T: Any) -> None:
-        if isinstance(model_T, (list, tuple, dict)):
-            raise TypeError(
-                f"{type(self).__name__} has one teacher, got a {type(model_T).__name__}; use "
-                "MultiTeacherDistiller for a list, and MultiTaskDistiller for a dict"
-            )
-
-    def match(self, results_S: Results, results_T: Results) -> Iterator[tuple[str, float, Any]]:
-        """Name, weight and value of each loss, those of custom matches last."""
-        yield from super().match(results_S, results_T)
-        masks = results_S.get("inputs_mask"), results_T.get("inputs_mask")
-        for number, match in enumerate(self._custom):
-            ours, theirs = (full_precision(side.seen[number]) for side in self._watched.values())
-            ours = ours if match.proj_func is None else match.proj_func(ours)
-            if isinstance(match.loss, str):
-                value = find(match.loss, MATCH_LOSS_MAP, "match loss")(ours, theirs, mask=masks[0])
-            else:
-                value = match.loss(ours, theirs, *masks)
-            yield f"custom_{number}", match.weight, value
-
-    def _outputs(self, batch: Any, args: Mapping[str, Any], model_T: Any, without_teacher: bool) -> Any:
+    def train_on_batch(self, batch: Any, args: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The loss of a batch, and what it is made of."""
         if not self._custom:
-            return super()._outputs(batch, args, model_T, without_teacher)
-        student, teacher = self._watched.values()
-        return get_outputs_from_batch(batch, self.t_config.device, teacher, student, args)
+            return super().train_on_batch(batch, args)
+        both = self._read(batch, args, self._watched, (self.adaptor_S, self.adaptor_T))
+        sides = zip(both, self._watched, strict=True)
+        return self.compute_loss(*({**results, WATCHED: side.seen} for results, side in sides))
+
+    def _layers(self) -> list[Match]:
+        return [*super()._layers(), *map(_custom_layer, range(len(self._custom)), self._custom)]
 
     def _groups(self) -> list[tuple[nn.Module, Mapping[str, Any]]]:
         own = [(m.proj_func, m.proj_group or {}) for m in self._custom if isinstance(m.proj_func, nn.Module)]
@@ -277,34 +239,19 @@ class GeneralDistiller(AbstractDistiller):
 class MultiTeacherDistiller(AbstractDistiller):
     """Several teachers of one task, by the mean of their logits; `adaptor_T` may be a list with one for each."""
 
-    def _check_teachers(self, model_T: Any) -> None:
-        if not isinstance(model_T, (list, tuple)) or not model_T:
-            raise TypeError(f"MultiTeacherDistiller has a list of teachers, got {said(model_T)}")
-
-    def _adapt(self, adaptor: Any, batch: Any, outputs: Any) -> dict[str, Any]:
-        adaptors = list(adaptor) if isinstance(adaptor, (list, tuple)) else [adaptor] * len(outputs)
-        if len(adaptors) != len(outputs):
-            raise ValueError(f"there are {len(outputs)} teachers and {len(adaptors)} adaptors")
-        results = [post_adaptor(own(batch, output)) for own, output in zip(adaptors, outputs, strict=True)]
-        if any("logits" not in result for result in results):
-            raise ValueError("several teachers teach by their logits, and an adaptor gave none")
-        means = [torch.stack(logits).mean(dim=0) for logits in zip(*(r["logits"] for r in results), strict=True)]
-        return {**results[0], "logits": means}
+    kinds, words = (list, tuple), "a list of teachers"
 
 
 class MultiTaskDistiller(AbstractDistiller):
     """Several tasks, each with a teacher and adaptors of its own: dicts by the tasks' names."""
 
     reads_layers = True
-
-    def _check_teachers(self, model_T: Any) -> None:
-        if not isinstance(model_T, Mapping):
-            raise TypeError(f"MultiTaskDistiller has a dict of teachers by task, got {said(model_T)}")
+    kinds, words = (Mapping,), "a dict of teachers by task"
 
     @in_either_order
     def train(  # its second argument is the data of all tasks
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
         dataloaders: Mapping[str, Iterable[Any]],
         num_steps: int,
         scheduler_class: Callable[..., Any] | None = None,
@@ -334,34 +281,24 @@ class MultiTaskDistiller(AbstractDistiller):
         Raises:
             ValueError: tasks with data that lack a teacher or an adaptor.
         """
-        for name, given in (
-            ("dataloaders", dataloaders),
-            ("adaptor_T", self.adaptor_T),
-            ("adaptor_S", self.adaptor_S),
-        ):
+        for name in ("dataloaders", "model_T", "adaptor_T", "adaptor_S"):
+            given = dataloaders if name == "dataloaders" else getattr(self, name)
             if not isinstance(given, Mapping):
-                raise TypeError(f"{name} of several tasks is a dict by their names, got {said(given)}")
-        for name in ("model_T", "adaptor_T", "adaptor_S"):
-            if not set(dataloaders) <= set(getattr(self, name)):
-                has, data = sorted(getattr(self, name)), sorted(dataloaders)
-                raise ValueError(f"{name} has the tasks {has}, and there is data for {data}")
+                raise TypeError(f"{name} of several tasks is a dict by their names, got {_said(given)}")
+            if not set(dataloaders) <= set(given):
+                raise ValueError(
+                    f"{name} has the tasks {sorted(given)}, and there is data for {sorted(dataloaders)}"
+                )
         count = int(num_steps) * self.t_config.gradient_accumulation_steps
-        super().train(
-            optimizer,
-            MixedLoaders(dataloaders, tau, count, batch_postprocessors),
-            scheduler_class=scheduler_class,
-            scheduler_args=scheduler_args,
-            scheduler=scheduler,
-            max_grad_norm=max_grad_norm,
-            num_steps=num_steps,
-            callback=callback,
-            **args,
-        )
+        data = MixedLoaders(dataloaders, tau, count, batch_postprocessors)
+        schedule = scheduler_class, scheduler_args, scheduler, max_grad_norm, num_steps, callback
+        super().train(optimizer, data, None, *schedule, **args)
 
     def train_on_batch(self, batch: Any, args: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The loss of ``(batch, task)``, and what it is made of."""
         batch, task = batch
-        return self._distil(batch, args, task, self.model_T[task], self.adaptor_T[task], self.adaptor_S[task])
+        models, adaptors = (self.model_S, self.model_T[task]), (self.adaptor_S[task], self.adaptor_T[task])
+        return self.compute_loss(*self._read(batch, args, models, adaptors, task))
 
 
 class BasicTrainer(Trains):
@@ -384,31 +321,20 @@ class BasicTrainer(Trains):
             ValueError: the adaptor gives no ``losses``.
         """
         batch = move_to_device(batch, self.t_config.device)
-        results = post_adaptor(self.adaptor(batch, auto_forward(self.model_S, batch, args)))
+        results = entries_of(self.adaptor(batch, call(self.model_S, batch, args)))
         if "losses" not in results:
             raise ValueError(f"the adaptor gave no 'losses', only {sorted(results)}; there is nothing to train by")
-        return sum_of(results["losses"])
+        return total_of(results["losses"])
 
 
-def _nested(flat: Mapping[str, Tensor]) -> Results:
-    """Put what `AbstractDistiller._flat` took apart together again; layers are found by their numbers."""
-    found: dict[str, dict[int, Tensor]] = {}
-    for name, value in flat.items():
-        kind, place = name.split(".")
-        found.setdefault(kind, {})[int(place)] = value
-    return {kind: list(values.values()) if kind == "logits" else values for kind, values in found.items()}
+def _custom_layer(number: int, match: CustomMatch) -> Match:
+    loss = match.loss
+    if isinstance(loss, str):
+        named = find(loss, MATCH_LOSS_MAP, "match loss")
+        loss = lambda ours, theirs, mask, _: named(ours, theirs, mask=mask)  # noqa: E731
+    return Match(WATCHED, number, number, loss, match.weight, match.proj_func)
 
 
-def _layers_of(results: Results, layers: Any, match: IntermediateMatch, model: str) -> list[Tensor]:
-    """The layers of one model that a match reads.
-
-    Raises:
-        ValueError: the adaptor gave no such layer.
-    """
-    try:
-        return [results[match.feature][layer] for layer in several(layers)]
-    except (KeyError, IndexError):
-        there = len(results.get(match.feature, ()))
-        raise ValueError(
-            f"{match.loss} reads {match.feature} {layers} of the {model}, and its adaptor gave {there} of them"
-        ) from None
+def _said(given: Any) -> str:
+    """What was given, in few words."""
+    return f"a {type(given).__name__}" if given or not isinstance(given, (list, tuple, dict)) else f"{given!r}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from limbeck.losses import evaluate
@@ -45,21 +44,15 @@ def att_mse_sum_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | No
     return _attention("attention_mse", attention_S, attention_T, mask, heads="sum", **_pairs(mask))
 
 
-def att_ce_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | None = None) -> Tensor:
+def att_ce_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | None = None, **heads: Any) -> Tensor:
     """Cross-entropy of the rows of attention scores (B, h, L, L); without a mask, of keys with positive scores."""
-    if mask is None:
-        return _without_negative(attention_S, attention_T)
-    options = {"kind": "cross_entropy", "renormalize": False}
-    return _attention("attention_kl", attention_S, attention_T, mask, **options)
+    which: dict[str, Any] = {"above": NOTHING_BELOW} if mask is None else {"renormalize": False}
+    return _attention("attention_kl", attention_S, attention_T, mask, kind="cross_entropy", **which, **heads)
 
 
 def att_ce_mean_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | None = None) -> Tensor:
     """As `att_ce_loss`, of the mean of all heads; of attention (B, L, L) as it is."""
-    if mask is None:
-        heads = (side.mean(dim=1) if side.ndim == 4 else side for side in (attention_S, attention_T))
-        return _without_negative(*heads)
-    options = {"kind": "cross_entropy", "renormalize": False, "heads": "mean"}
-    return _attention("attention_kl", attention_S, attention_T, mask, **options)
+    return att_ce_loss(attention_S, attention_T, mask, heads="mean")
 
 
 def hid_mse_loss(state_S: Tensor, state_T: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -104,11 +97,6 @@ def _pairs(mask: Tensor | None) -> dict[str, Any]:
 def _attention(loss: str, student: Tensor, teacher: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
     first, other = (side.unsqueeze(1) if side.ndim == 3 else side for side in (student, teacher))
     return evaluate(loss, first, other, mask=mask, **options)
-
-
-def _without_negative(scores_S: Tensor, scores_T: Tensor) -> Tensor:
-    p = torch.softmax(scores_T.detach(), dim=-1).masked_fill(scores_T <= NOTHING_BELOW, 0.0)
-    return -(p * torch.log_softmax(scores_S, dim=-1)).sum(dim=-1).mean()
 
 
 def _right(loss: str, **options: Any) -> Callable[..., Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from limbeck import schedules
 from limbeck.compat.textbrewer import losses, schedulers
 from limbeck.registry import nearest
 
@@ -61,8 +62,8 @@ PROJ_MAP: dict[str, Projection] = {
     "tanh": projection_with_activation("Tanh"),
 }
 WEIGHT_SCHEDULER: dict[str, Callable[[float], float]] = {
-    "linear_decay": schedulers.linear_decay_weight_scheduler,
-    "linear_growth": schedulers.linear_growth_weight_scheduler,
+    "linear_decay": schedules.linear_decay,
+    "linear_growth": schedules.linear_growth,
 }
 MAPS: dict[str, dict[str, Any]] = {
     "kd_loss": KD_LOSS_MAP,

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from limbeck.losses.transforms import build_temperature
-from limbeck.schedules import linear_decay as linear_decay_weight_scheduler
-from limbeck.schedules import linear_growth as linear_growth_weight_scheduler
-
-__all__ = [
-    "TemperatureScheduler",
-    "constant_temperature_scheduler",
-    "cwsm_temperature_scheduler_builder",
-    "flsw_temperature_scheduler_builder",
-    "linear_decay_weight_scheduler",
-    "linear_growth_weight_scheduler",
-]
+from limbeck.schedules import linear_decay as linear_decay_weight_scheduler  # noqa: F401
+from limbeck.schedules import linear_growth as linear_growth_weight_scheduler  # noqa: F401
 
 TemperatureScheduler = Callable[[Tensor, Tensor, float], float | Tensor]
 """``(logits_S, logits_T, base_temperature)`` to a temperature, or one for each position."""
@@ -30,18 +22,13 @@ def constant_temperature_scheduler(logits_S: Tensor, logits_T: Tensor, base_temp
 
 def flsw_temperature_scheduler_builder(beta: float, gamma: float, eps: float = 1e-4) -> TemperatureScheduler:
     """Make `limbeck.losses.transforms.flsw` of these options; never below 0.1."""
-
-    def flsw_temperature_scheduler(logits_S: Tensor, logits_T: Tensor, base_temperature: float) -> Tensor:
-        options = {"base": base_temperature, "beta": beta, "gamma": gamma, "epsilon": eps}
-        return build_temperature({"kind": "flsw", **options})(logits_S, logits_T)
-
-    return flsw_temperature_scheduler
+    return _scheduler(kind="flsw", beta=beta, gamma=gamma, epsilon=eps)
 
 
 def cwsm_temperature_scheduler_builder(beta: float) -> TemperatureScheduler:
     """Make `limbeck.losses.transforms.cwsm` of this option; never below 0.1."""
+    return _scheduler(kind="cwsm", beta=beta)
 
-    def cwsm_temperature_scheduler(logits_S: Tensor, logits_T: Tensor, base_temperature: float) -> Tensor:
-        return build_temperature({"kind": "cwsm", "base": base_temperature, "beta": beta})(logits_S, logits_T)
 
-    return cwsm_temperature_scheduler
+def _scheduler(**options: Any) -> TemperatureScheduler:
+    return lambda logits_S, logits_T, base: build_temperature({**options, "base": base})(logits_S, logits_T)

@@ -1,9 +1,10 @@
-"""How TextBrewer's distillers train: `limbeck.train.plain`, with its saved students, callbacks and logs."""
+"""How TextBrewer's distillers train: the arguments of `train`, and `limbeck.train.plain` behind them."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,59 +12,14 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
+from limbeck.adapted import also_train, each, teaching
+from limbeck.adapted.models import bare
 from limbeck.atomic import replacing
 from limbeck.compat.textbrewer.configurations import TrainingConfig
-from limbeck.compat.textbrewer.distiller_utils import each, logger
-from limbeck.registry import refuse_unknown
+from limbeck.compat.textbrewer.distiller_utils import logger
 from limbeck.train import plain
 from limbeck.train.scalars import Scalars
-
-
-def bare(model: Any) -> Any:
-    """A model without the wrapping of several GPUs."""
-    wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    return model.module if wrapped else model
-
-
-class Saving(plain.Callback):
-    """Saves the student's state dict and calls the user's callback, as often as the configuration says."""
-
-    def __init__(self, student: nn.Module, config: TrainingConfig, callback: Callable[..., Any] | None) -> None:
-        self.student, self.config, self.callback = student, config, callback
-        self.loop: plain.Loop
-
-    def on_step(self, state: plain.State) -> None:
-        """After an update that is due, of a training whose length is known."""
-        if self._is_due(state):
-            self._save(state.step)
-
-    def on_epoch(self, state: plain.State) -> None:
-        """After an epoch, where nobody knows how long it is."""
-        if state.total_steps is None:
-            self._save(state.step)
-
-    def _is_due(self, state: plain.State) -> bool:
-        config, loop, per_epoch = self.config, self.loop, self.loop.updates_per_epoch()
-        if loop.steps is not None:
-            return state.step == loop.steps or bool(config.ckpt_steps and state.step % config.ckpt_steps == 0)
-        if per_epoch is None:
-            return False
-        places = {int(per_epoch * part / config.ckpt_frequency) for part in range(config.ckpt_frequency)}
-        epoch = state.epoch + 1
-        wanted = epoch % config.ckpt_epoch_frequency == 0 or epoch == loop.epochs
-        return wanted and state.position % per_epoch in places
-
-    def _save(self, step: int) -> None:
-        accelerator = self.loop.accelerator
-        if accelerator.is_main_process:
-            path = Path(self.config.output_dir) / f"gs{step}.pkl"
-            logger.info("Saving at global step %d: %s", step, path)
-            with replacing(path) as partial:
-                torch.save(bare(self.student).state_dict(), partial)
-        accelerator.wait_for_everyone()
-        if self.callback is not None:
-            self.callback(model=self.student, step=step)
-            self.student.train()
+from limbeck.train.snapshots import Snapshots
 
 
 def in_either_order(train: Callable[..., None]) -> Callable[..., None]:
@@ -91,20 +47,15 @@ class Trains:
 
     def __init__(self, train_config: TrainingConfig, model_T: Any, model_S: Any) -> None:
         self.t_config, self.model_T, self.model_S = train_config, model_T, model_S
-        self._modes: list[dict[nn.Module, bool]] = []
+        self._modes: list[AbstractContextManager[None]] = []
 
     def __enter__(self) -> Self:
-        modes: dict[nn.Module, bool] = {}
-        each([self.model_S], lambda model: modes.update((part, part.training) for part in model.modules()))
-        each(self.model_T, lambda model: modes.update((part, part.training) for part in model.modules()))
-        self._modes.append(modes)
-        each(self.model_T, lambda teacher: teacher.eval())
-        self.model_S.train()
+        self._modes.append(teaching(self.model_S, self.model_T))
+        self._modes[-1].__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        for module, is_training in self._modes.pop().items():
-            module.training = is_training
+    def __exit__(self, *error: Any) -> None:
+        self._modes.pop().__exit__(*error)
 
     @in_either_order
     def train(
@@ -140,10 +91,15 @@ class Trains:
             ValueError: neither epochs nor steps, nothing to learn, or a scheduler older than the projections.
         """
         config = self.t_config
-        self._add_projections(optimizer, scheduler if scheduler_class is None else None)
+        also_train(optimizer, self._groups(), scheduler if scheduler_class is None else None)
         if scheduler_class is not None:
             scheduler = scheduler_class(optimizer=optimizer, **(scheduler_args or {}))
-        saving = Saving(self.model_S, config, callback)
+        saving = Snapshots(
+            lambda step: self._save(step, callback, saving.loop),
+            per_epoch=config.ckpt_frequency,
+            epochs=config.ckpt_epoch_frequency,
+            every=config.ckpt_steps,
+        )
         with self, Scalars(config.log_dir) as scalars:
             saving.loop = plain.Loop(
                 lambda batch, state: self._learn_from(batch, args, state, scalars),
@@ -176,17 +132,6 @@ class Trains:
         """What trains beside the student, each with options of the optimizer."""
         return []
 
-    def _add_projections(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-        known = {*optimizer.defaults, *(name for group in optimizer.param_groups for name in group)}
-        held = {p for group in optimizer.param_groups for p in group["params"]}
-        for module, options in self._groups():
-            new = [p for p in module.parameters() if p not in held]
-            if new and scheduler is not None:
-                raise ValueError("projections are added to the optimizer after scheduler=; use scheduler_class=")
-            refuse_unknown(options, known, f"{type(optimizer).__name__} for a projection")
-            if new:
-                optimizer.add_param_group({"params": new, **options})
-
     def _learn_from(self, batch: Any, args: Mapping[str, Any], state: plain.State, scalars: Scalars) -> Any:
         self._at(None if state.total_steps is None else state.step / state.total_steps)
         found = self.train_on_batch(batch, args)
@@ -196,9 +141,22 @@ class Trains:
         scalars.write({f"scalar/{name}": value for name, value in {"total_loss": total, **parts}.items()})
         return total
 
+    def _save(self, step: int, callback: Callable[..., Any] | None, loop: plain.Loop) -> None:
+        """Write ``gs{step}.pkl``, a state dict, and call the user's callback."""
+        if loop.accelerator.is_main_process:
+            path = Path(self.t_config.output_dir) / f"gs{step}.pkl"
+            logger.info("Saving at global step %d: %s", step, path)
+            with replacing(path) as partial:
+                torch.save(bare(self.model_S).state_dict(), partial)
+        loop.accelerator.wait_for_everyone()
+        if callback is not None:
+            callback(model=self._student, step=step)
+            self._student.train()
+
     def _run(self, loop: plain.Loop) -> None:
         """Run the loop, on all GPUs of this process where the configuration says so."""
         single = self.model_S, self.model_T
+        self._student = self.model_S
         if self.t_config.data_parallel and torch.cuda.device_count() > 1:
             self.model_S, self.model_T = (each(models, nn.DataParallel) for models in single)
         try:
