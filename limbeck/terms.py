@@ -263,7 +263,7 @@ def in_term(term: Term, side: str = "") -> Iterator[None]:
         raise TypeError(f"{where(term)}: {side}{error}") from error
 
 
-LayerMap = str | Sequence[tuple[int, int]]
+LayerMap = str | Sequence[int] | Sequence[tuple[int, int]]
 
 FOUND = ("cka", "emd")
 """Layer maps that a run finds from data; see `limbeck.matching`."""
@@ -274,7 +274,8 @@ def layer_pairs(layers: LayerMap, student: int, teacher: int) -> list[tuple[int,
 
     Args:
         layers: ``"uniform"``: spread evenly, last to last (TinyBERT). ``"last"``: the teacher's last layers
-            (PKD-Last). ``"skip"``: every k-th teacher layer from the first. Or the pairs themselves.
+            (PKD-Last). ``"skip"``: every k-th teacher layer from the first. Or a layer of the teacher's for each
+            of the student's, where negative ones count from the end. Or the pairs themselves.
         student: Number of the student's layers.
         teacher: Number of the teacher's layers.
 
@@ -287,13 +288,15 @@ def layer_pairs(layers: LayerMap, student: int, teacher: int) -> list[tuple[int,
     Example:
         >>> layer_pairs("uniform", 3, 6), layer_pairs("last", 3, 6), layer_pairs("skip", 3, 6)
         ([(0, 1), (1, 3), (2, 5)], [(0, 3), (1, 4), (2, 5)], [(0, 0), (1, 2), (2, 4)])
+        >>> layer_pairs([0, -1], 2, 6)
+        [(0, 0), (1, 5)]
 
     Reference:
         Jiao et al. 2020, TinyBERT, arXiv:1909.10351; Sun et al. 2019, Patient Knowledge Distillation,
         arXiv:1908.09355.
     """
     if not isinstance(layers, str):
-        return [_checked_pair(pair, student, teacher) for pair in layers]
+        return [_checked_pair(pair, student, teacher) for pair in _as_pairs(layers, student, teacher)]
     if student > teacher:
         raise ValueError(
             f"map {layers!r} needs a teacher at least as deep as the student, got {student} layers for "
@@ -307,6 +310,17 @@ def layer_pairs(layers: LayerMap, student: int, teacher: int) -> list[tuple[int,
     if layers not in maps:
         raise ValueError(f"{layers!r} is neither a list of pairs nor a known layer map; {nearest(layers, maps)}")
     return [(i, maps[layers](i)) for i in range(student)]
+
+
+def _as_pairs(layers: Sequence[Any], student: int, teacher: int) -> list[tuple[int, int]]:
+    if not any(isinstance(layer, int) for layer in layers):
+        return list(layers)
+    if len(layers) != student:
+        raise ValueError(
+            f"the student has {student} layers and {len(layers)} of the teacher's are named; name one for each, "
+            "or pairs"
+        )
+    return [(i, layer + teacher if -teacher <= layer < 0 else layer) for i, layer in enumerate(layers)]
 
 
 def _checked_pair(pair: tuple[int, int], student: int, teacher: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "limbeck"
 # A module imports only from lower lines, and from its own folder.
 LAYERS = [
     "types registry shapes stopwatch atomic",
-    "batch metrics pretrained reduce schedules sparse strict",
+    "batch metrics pretrained reduce schedules sparse strict yaml_options",
     "taps projectors matching cache",
     "losses",
     "terms teachers students balance",

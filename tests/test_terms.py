@@ -145,6 +145,8 @@ def test_a_wrong_term_is_no_term(arguments, error, message):
         ("uniform", 3, 3, [0, 1, 2]),
         ("last", 3, 3, [0, 1, 2]),
         ("skip", 3, 3, [0, 1, 2]),
+        ([0, 6, 11], 3, 12, [0, 6, 11]),
+        ([-1, -12, 3], 3, 12, [11, 0, 3]),
     ],
 )
 def test_layer_pairs(layers, student, teacher, learns_from):
@@ -174,6 +176,14 @@ def test_explicit_pairs_stay_as_they_are():
         ([(3, 0)], 3, 6, "the student has no layer 3; it has 3, counted from 0"),
         ([(0, 6)], 3, 6, "the teacher has no layer 6; it has 6, counted from 0"),
         ([(-1, 0)], 3, 6, "the student has no layer -1"),
+        ([0, 6], 2, 6, "the teacher has no layer 6; it has 6, counted from 0"),
+        ([0, -7], 2, 6, "the teacher has no layer -7"),
+        (
+            [0, 1, 2],
+            2,
+            6,
+            "the student has 2 layers and 3 of the teacher's are named; name one for each, or pairs",
+        ),
     ],
 )
 def test_layers_that_are_not_there(layers, student, teacher, message):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from limbeck.losses.base import full_precision, loss
 from limbeck.losses.distributions import weighted_sum
-from limbeck.losses.features import unit_vectors
+from limbeck.losses.features import normalized_mse, unit_vectors
 from limbeck.losses.labels import finite, zero_unless
 from limbeck.reduce import blank
 
@@ -188,6 +188,41 @@ def attention_mse(
     lengths = valid.sum(dim=-1, keepdim=True).to(squares.dtype)
     keys = lengths if average == "queries" else lengths.square().sum() / lengths.sum().clamp(min=1)
     return zero_unless(valid, total / (student.shape[1] * keys.clamp(min=1)))
+
+
+@loss
+def attention_pattern(
+    student: Tensor, teacher: Tensor, *, heads: Heads = "each", mask: Tensor | None = None
+) -> Tensor:
+    r"""Squared distance of two attention patterns, each divided by its length as one long vector.
+
+    .. math:: \frac{1}{h} \sum_h \Big\lVert \frac{S_h}{\lVert S_h \rVert}
+        - \frac{T_h}{\lVert T_h \rVert} \Big\rVert^2
+
+    Args:
+        student: Attention probabilities, or scores, (B, h, L, L).
+        teacher: The same of the teacher; another number of heads needs `heads` ``"mean"`` or ``"sum"``.
+        heads: Compare ``"each"`` head, or the ``"mean"`` or ``"sum"`` of all.
+        mask: (B, L), tokens that are 0 count neither as queries nor as keys.
+
+    Returns:
+        One value in [0, 4] per example, (B,).
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown option.
+
+    Example:
+        >>> attention_pattern(torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 1.0]]]]))
+        tensor([2.])
+
+    Reference:
+        PyMarlin's ``representations_loss`` of attentions, which has no mask.
+    """
+    student, teacher = paired_patterns(student, teacher, heads)
+    valid = valid_tokens(mask, student)
+    if valid is not None:
+        student, teacher = (zero_unless(pairs_of(valid), side) for side in (student, teacher))
+    return normalized_mse(student.flatten(2), teacher.flatten(2)).mean(dim=1)
 
 
 @loss

@@ -17,10 +17,16 @@ if TYPE_CHECKING:
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path, *, suffix: str | None = None, header: int | None = 0) -> pd.DataFrame:
     r"""Read a table from Parquet, CSV, TSV, JSON lines or JSON.
 
     Text stays as it is: the words "NA" and "null" are words.
+
+    Args:
+        path: The file.
+        suffix: The format, where the file's name does not tell it: ``".tsv"``.
+        header: Of CSV and TSV, the line with the columns' names; None if there is none, and the columns are called
+            ``"0"``, ``"1"``, ...
 
     Raises:
         ValueError: no such file, an unknown format, or a file that cannot be read.
@@ -36,26 +42,28 @@ def read_table(path: Path) -> pd.DataFrame:
 
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
+    suffix = suffix or path.suffix
     try:
-        if path.suffix == ".parquet":
+        if suffix == ".parquet":
             return pd.read_parquet(path)
-        if path.suffix in (".csv", ".tsv"):
-            separator = "\t" if path.suffix == ".tsv" else ","
+        if suffix in (".csv", ".tsv"):
             # In chunks (low_memory), "007" would be a number in one chunk and a word in the next.
-            return pd.read_csv(path, sep=separator, keep_default_na=False, na_values=[""], low_memory=False)
-        if path.suffix in (".jsonl", ".json"):
-            return _read_json(path)
+            options = {"keep_default_na": False, "na_values": [""], "low_memory": False, "header": header}
+            table = pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",", **options)
+            return table if header is not None else table.rename(columns=str)
+        if suffix in (".jsonl", ".json"):
+            return _read_json(path, lines=suffix == ".jsonl")
     except (ValueError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path} as {path.suffix[1:]}: {first_line(error)}") from None
+        raise ValueError(f"cannot read {path} as {suffix[1:]}: {first_line(error)}") from None
     raise ValueError(f"{path} has an unknown format; use one of {', '.join(SUFFIXES)}")
 
 
-def _read_json(path: Path) -> pd.DataFrame:
+def _read_json(path: Path, lines: bool) -> pd.DataFrame:
     """A table from JSON, every value as it is written: pandas' own reader makes numbers and dates of words."""
     import pandas as pd
 
     text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
+    if lines:
         return pd.DataFrame([json.loads(line) for line in text.split("\n") if line.strip()])
     return pd.DataFrame(json.loads(text))
 
@@ -133,3 +141,20 @@ def text_rows(table: pd.DataFrame, texts: Sequence[str], source: str) -> list[tu
         if wrong is not None:
             raise ValueError(f"{source}: column {name!r} holds {wrong!r}, which is no text")
     return [tuple(str(v) for v in row) for row in zip(*columns, strict=True)]
+
+
+def class_numbers(labels: Sequence[object], names: Sequence[object]) -> list[int]:
+    """The number of each label among the names of the classes.
+
+    Raises:
+        ValueError: a label that is none of them.
+
+    Example:
+        >>> class_numbers(["good", "bad"], ["bad", "good"])
+        [1, 0]
+    """
+    number = {name: i for i, name in enumerate(names)}
+    wrong = next((label for label in labels if label not in number), None)
+    if wrong is not None:
+        raise ValueError(f"label {wrong!r} is none of the classes; {nearest(str(wrong), map(str, names))}")
+    return [number[label] for label in labels]

@@ -122,6 +122,8 @@ class Padding:
     Args:
         pad: The padding token's number.
         regression: Whether labels are numbers and not classes.
+        ignored: Pads labels, where each token has one.
+        length: To which all is padded; None for the longest of the batch.
 
     Example:
         >>> items = [{"input_ids": np.array([5, 6]), "labels": 1, "example_id": 0},
@@ -131,13 +133,15 @@ class Padding:
                 [7, 0]])
     """
 
-    def __init__(self, pad: int, regression: bool = False) -> None:
-        self.pad = pad
+    def __init__(
+        self, pad: int, regression: bool = False, *, ignored: int = -100, length: int | None = None
+    ) -> None:
+        self.pad, self.ignored, self.length = pad, ignored, length
         self.dtype = torch.float32 if regression else torch.int64
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Make a batch: token columns (B, L), labels if there are any, and example numbers (B,)."""
-        longest = max(len(item["input_ids"]) for item in items)
+        """Make a batch: token columns (B, L), labels (B,) or (B, L) if there are any, and example numbers (B,)."""
+        longest = self.length or max(len(item["input_ids"]) for item in items)
         batch = {}
         for key in items[0].keys() - {LABELS, EXAMPLE_ID}:
             padded = np.full((len(items), longest), self.pad if key == "input_ids" else 0, dtype=np.int64)
@@ -145,6 +149,9 @@ class Padding:
                 row[: len(item[key])] = item[key]
             batch[key] = torch.from_numpy(padded)
         if LABELS in items[0]:
-            batch[LABELS] = torch.tensor([item[LABELS] for item in items], dtype=self.dtype)
+            labels = [item[LABELS] for item in items]
+            if isinstance(labels[0], list):
+                labels = [row + [self.ignored] * (longest - len(row)) for row in labels]
+            batch[LABELS] = torch.tensor(labels, dtype=self.dtype)
         batch[EXAMPLE_ID] = torch.tensor([item[EXAMPLE_ID] for item in items])
         return batch

@@ -203,8 +203,22 @@ def latest(folder: Path | None) -> Path | None:
     return found[-1] if found else None
 
 
-def newest_within(folder: Path) -> Path | None:
-    """The newest whole checkpoint of all trainings that have their folders below this one, or None."""
+def newest_within(folder: Path, name: str | None = None) -> Path | None:
+    """The newest whole checkpoint of all trainings that have their folders below this one, or None.
+
+    Args:
+        folder: Where they are.
+        name: The checkpoint of this name instead, ``"model/step-00000120"``.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name and not (folder / name).is_dir():
+        raise ValueError(
+            f"there is no checkpoint {name!r} in {folder}; it is a folder such as model/step-00000120"
+        )
+    if name:
+        return folder / name
     trainings = {path.parent for path in folder.rglob(f"{PREFIX}*")}
     found = [path for path in map(latest, trainings) if path is not None]
     return max(found, key=lambda path: (path.stat().st_mtime, path), default=None)
@@ -226,6 +240,24 @@ def remove_trainings(folder: Path, name: str) -> None:
     for old in folder.glob(f"{name}*"):
         if latest(old) is not None:
             shutil.rmtree(old)
+
+
+def new_training(folder: Path, name: str, *, replace: bool = False) -> Path:
+    """A place for the checkpoints of a new training, the same on all ranks, each of which calls this.
+
+    Args:
+        folder: Where trainings have their folders.
+        name: What it is called, if no other has this name; see `unused_folder`.
+        replace: Remove the others of this name first.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    ranks = PartialState()
+    if replace and ranks.is_main_process:
+        remove_trainings(folder, name)
+    chosen = [unused_folder(folder, name)]
+    return broadcast_object_list(chosen)[0] if ranks.num_processes > 1 else chosen[0]
 
 
 def begin(folder: Path, step: int) -> Path:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from limbeck.train.loop import AUTOCAST
+from limbeck.train.plain_state import State
 
 
 def collect(
@@ -84,6 +85,43 @@ def _joined(part: list[Any]) -> Any:
     if not all(isinstance(one, Tensor) for one in part):
         return part
     return torch.cat([one.reshape(1) if one.ndim == 0 else one for one in part])
+
+
+class Collecting:
+    """A step of a `limbeck.train.plain.Loop` that gives more than its loss, all of which is kept for callbacks.
+
+    Args:
+        step: Gives the loss of a batch, or the loss and more.
+
+    Example:
+        >>> step = Collecting(lambda batch, state: (batch.mean(), batch))
+        >>> for batch in torch.ones(2, 3):
+        ...     _ = step(batch, None)
+        >>> [tuple(each.shape) for each in step.take_update()]
+        [(2,), (6,)]
+    """
+
+    def __init__(self, step: Callable[[Any, State], Any]) -> None:
+        self.step = step
+        self._update, self._epoch = Collected(), Collected()
+
+    def __call__(self, batch: Any, state: State) -> Any:
+        """The loss."""
+        given = self.step(batch, state)
+        outputs = [given] if isinstance(given, Tensor) else list(given)
+        self._update.add(outputs)
+        self._epoch.add(outputs)
+        return outputs[0]
+
+    def take_update(self) -> list[Any]:
+        """What the steps gave since the last time; for ``on_step``."""
+        outputs, self._update = self._update.outputs(), Collected()
+        return outputs
+
+    def take_epoch(self) -> list[Any]:
+        """What they gave on all ranks since the last time; for ``on_epoch``."""
+        outputs, self._epoch = self._epoch.of_all_ranks(), Collected()
+        return outputs
 
 
 class RankShare(Sampler[int]):

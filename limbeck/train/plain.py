@@ -22,13 +22,14 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sequ
 from limbeck.batch import batch_size, map_tensors
 from limbeck.train.checkpoint import random_state, set_random_state
 from limbeck.train.loop import AUTOCAST
-from limbeck.train.plain_state import WEIGHTS, Callback, Draws, Keeping, State
+from limbeck.train.plain_state import WEIGHTS, Callback, Draws, Keeping, State, recall
 from limbeck.train.ranks import start_accelerator
-from limbeck.train.refusals import check_callbacks, check_device, check_folder
+from limbeck.train.refusals import check_callbacks, check_device, check_folder, check_held
 from limbeck.train.settings import Settings
+from limbeck.train.together import Schedulers, as_one
 from limbeck.types import Output
 
-__all__ = ["WEIGHTS", "Callback", "Loop", "State", "size_of"]
+__all__ = ["WEIGHTS", "Callback", "Loop", "State", "recall", "size_of"]
 
 
 def size_of(batch: Any) -> float:
@@ -53,11 +54,11 @@ class Loop:
         model: Holds all that trains, and is what checkpoints keep; `step` may call any part of it.
         loader: Gives the batches of an epoch each time it is read, or a function that makes the loader of an epoch
             from its number, counted from 0. Each of several ranks reads its own share.
-        optimizer: Holds parameters of `model`.
+        optimizer: Holds parameters of `model`; or several, which make their steps together.
         epochs: Passes over the loader; or `steps`.
         steps: Number of updates, over as many epochs as it takes.
         epoch_steps: Updates after which an epoch ends early.
-        scheduler: Anything with ``step()`` and a state dict, made of `optimizer`.
+        scheduler: Anything with ``step()`` and a state dict, made of `optimizer`; or several.
         scheduler_every: After what the scheduler makes a step.
         accumulation: Batches of one update. The last update of an epoch may have fewer.
         clip: Largest norm of the gradient of all that the optimizer holds; None for no clipping.
@@ -67,6 +68,7 @@ class Loop:
         folder: Where checkpoints go. If it holds one, training goes on from there, bit for bit as if it had never
             been interrupted. None for no checkpoints.
         begin: A checkpoint of another folder to go on from where `folder` holds none.
+        after: Where another training stood, as `recall` gives it, to go on from with a new optimizer.
         checkpoint_every: Steps; by default each epoch. There is always one at the end.
         keep: Number of checkpoints kept.
         weigh: How much a batch counts among those of its update.
@@ -75,8 +77,8 @@ class Loop:
 
     Raises:
         TypeError: a loader that gives nothing, callbacks that are none.
-        ValueError: epochs and steps, or neither; parameters that are in no part of the model; an empty loader; a
-            file where the folder shall be.
+        ValueError: epochs and steps, or neither; parameters that are in no part of the model; projections that are
+            in no optimizer; an empty loader; a file where the folder shall be.
 
     Example:
         >>> model, data = nn.Linear(1, 1), [torch.ones(8, 1)] * 4
@@ -90,7 +92,7 @@ class Loop:
     step: Callable[[Any, State], Tensor]
     model: nn.Module
     loader: Iterable[Any] | Callable[[int], Iterable[Any]]
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
     _: KW_ONLY
     epochs: int | None = None
     steps: int | None = None
@@ -104,6 +106,7 @@ class Loop:
     callbacks: Sequence[Callback] = ()
     folder: Path | str | None = None
     begin: Path | None = None
+    after: State | None = None
     checkpoint_every: int | None = None
     keep: int = 1
     weigh: Callable[[Any], float] = size_of
@@ -112,13 +115,17 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._first = self._loader_of(0)
+        self._optimizer = as_one(self.optimizer)
+        several = isinstance(self.scheduler, Sequence)
+        self._scheduler = Schedulers(self.scheduler) if several else self.scheduler
         self._check()
         self.accelerator = start_accelerator(Settings(), None)
         self._place = torch.device(self.device or self.accelerator.device)
         self._scaler = torch.amp.GradScaler(self._place.type, enabled=self.precision == "fp16")
-        self._held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.state = State(self.model, self.total_steps())
-        parts = self.state, self.optimizer, self.scheduler, self._scaler, Draws(self._first)
+        self._held = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self.state = State(self.model, None) if self.after is None else self.after
+        self.state.total_steps = self.total_steps()
+        parts = self.state, self._optimizer, self._scheduler, self._scaler, Draws(self._first)
         self._keeping = Keeping(
             self.folder, self.keep, self.accelerator, *parts, self._belongs(), begin=self.begin
         )
@@ -177,15 +184,15 @@ class Loop:
             loss = loss.to(state.loss) + state.loss * share
             self._call("on_backward")
         if self.clip is not None:
-            self._scaler.unscale_(self.optimizer)
+            self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self._held, self.clip)
         scale = self._scaler.get_scale()
-        self._scaler.step(self.optimizer)
+        self._scaler.step(self._optimizer)
         self._scaler.update()
-        self.optimizer.zero_grad()
+        self._optimizer.zero_grad()
         overflown = self._scaler.get_scale() < scale  # the optimizer made no step
-        if self.scheduler is not None and self.scheduler_every == "step" and not overflown:
-            self.scheduler.step()
+        if self._scheduler is not None and self.scheduler_every == "step" and not overflown:
+            self._scheduler.step()
         state.step, state.position, state.loss = state.step + 1, state.position + 1, loss
 
     def _updates(self) -> Iterator[list[Any]]:
@@ -220,8 +227,8 @@ class Loop:
         if not state.position:
             raise ValueError(f"epoch {state.epoch} of the loader is empty; pass one that can be read again")
         state.epoch, state.position = state.epoch + 1, 0
-        if self.scheduler is not None and self.scheduler_every == "epoch":
-            self.scheduler.step()
+        if self._scheduler is not None and self.scheduler_every == "epoch":
+            self._scheduler.step()
         self._keeping.check_finite()
         self._call("on_epoch")
         if self.checkpoint_every is None:
@@ -236,7 +243,7 @@ class Loop:
         return {
             "updates per epoch": self.updates_per_epoch(),
             "accumulation": self.accumulation,
-            "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
+            "scheduler": None if self._scheduler is None else type(self._scheduler).__name__,
             "ranks": self.accelerator.num_processes,
         }
 
@@ -285,11 +292,12 @@ class Loop:
         if isinstance(self._first, Sized) and not len(self._first):
             raise ValueError("the loader is empty; check its data set and drop_last")
         own = set(self.model.parameters())
-        strange = sum(p not in own for group in self.optimizer.param_groups for p in group["params"])
+        strange = sum(p not in own for group in self._optimizer.param_groups for p in group["params"])
         if strange:
             raise ValueError(
                 f"{strange} parameters of the optimizer are in no part of the model; pass one that holds them all"
             )
+        check_held(self.model, self._optimizer)
 
     def _sync(self, last: bool) -> Any:
         """Synchronise gradients between ranks in the last micro-batch of an update only."""

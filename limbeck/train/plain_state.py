@@ -47,6 +47,20 @@ class State:
     stop: str = ""
 
 
+def recall(model: nn.Module, checkpoint: Path) -> State:
+    """Put a checkpoint's weights into a model, for a training with another optimizer or none at all.
+
+    Returns:
+        Where that training stood; an epoch that it had begun begins anew.
+
+    Raises:
+        ValueError: the weights are another model's.
+    """
+    files.load_weights(model, checkpoint / WEIGHTS)
+    kept = files.read_tree(checkpoint, "state")["state"]
+    return State(model, None, step=kept["step"], epoch=kept["epoch"])
+
+
 class Callback:
     """Watches a training, on every rank. Override what you need; the rest does nothing."""
 

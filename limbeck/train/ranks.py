@@ -61,6 +61,31 @@ def _check_trackers(names: list[str]) -> None:
             raise ValueError(f"tracker {name!r} is not installed; pip install {package}")
 
 
+def cut_batch(size: int, *, ranks: int = 1, most: int | None = None) -> tuple[int, int]:
+    """Cut the examples of an update into equal micro-batches.
+
+    Args:
+        size: Examples of an update, over all ranks.
+        ranks: Their number.
+        most: Examples that fit a device at once; None for any number.
+
+    Returns:
+        The examples of a micro-batch, and the number of micro-batches of a rank.
+
+    Raises:
+        ValueError: the ranks cannot share them equally.
+
+    Example:
+        >>> cut_batch(32, most=8), cut_batch(10, most=4), cut_batch(12, ranks=2, most=5)
+        ((8, 4), (2, 5), (3, 2))
+    """
+    if size % ranks:
+        raise ValueError(f"{ranks} ranks cannot share a batch of {size}; take a multiple of {ranks}")
+    share = size // ranks
+    part = next(n for n in range(min(share, most or share), 0, -1) if share % n == 0)
+    return part, share // part
+
+
 class Placement(Protocol):
     """How the weights of a training lie on its ranks, and what depends on that.
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from limbeck.distiller import Distiller
+from limbeck.objective import Objective
 from limbeck.train.settings import Settings
 
 
@@ -114,3 +116,31 @@ def check_device(device: Any) -> None:
         raise ValueError(f"unknown device {device!r}; write 'cpu', 'cuda' or 'cuda:0'") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {str(device)!r}, and there is no GPU; write device='cpu', or leave it out")
+
+
+def check_held(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
+    """Refuse projections, and what else of an objective learns, that would stay as they were drawn.
+
+    Args:
+        model: A Distiller, or what holds one or its objective.
+        *optimizers: What trains it.
+
+    Raises:
+        ValueError: some of their parameters are in no optimizer.
+
+    Example:
+        >>> from limbeck import Term
+        >>> sides = nn.Linear(2, 2), nn.Linear(2, 3)
+        >>> distiller = Distiller(*sides, [Term("logits", loss="mse", project="linear")])
+        >>> _ = distiller.preflight({"input": torch.zeros(1, 2)})
+        >>> check_held(distiller, torch.optim.SGD(distiller.student.parameters()))
+        Traceback (most recent call last):
+        ValueError: 2 parameters of projections are in no optimizer; build it of all parameters() that train
+    """
+    held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    learned = {p for part in model.modules() if isinstance(part, Objective) for p in part.parameters()}
+    idle = sum(p.requires_grad for p in learned - held)
+    if idle:
+        raise ValueError(
+            f"{idle} parameters of projections are in no optimizer; build it of all parameters() that train"
+        )

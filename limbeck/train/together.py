@@ -74,6 +74,19 @@ class Optimizers(torch.optim.Optimizer):
         self.param_groups = [group for each in self.optimizers for group in each.param_groups]
 
 
+def as_one(optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    """One optimizer as it is, or several as one.
+
+    Example:
+        >>> one = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        >>> as_one([one]) is one, as_one(one) is one
+        (True, True)
+    """
+    if not isinstance(optimizers, Sequence):
+        return optimizers
+    return optimizers[0] if len(optimizers) == 1 else Optimizers(optimizers)
+
+
 class Schedulers:
     """Several schedulers as one.
 

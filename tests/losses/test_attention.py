@@ -66,6 +66,19 @@ def naive_attention_mse(student, teacher, *, heads="each", average="queries", ze
     return values
 
 
+def naive_attention_pattern(student, teacher, *, heads="each", mask=None):
+    values = []
+    for b in range(len(student)):
+        kept = range(student.shape[-1]) if mask is None else [i for i, m in enumerate(mask[b]) if m]
+        total, sides = 0.0, list(zip(merged(student, heads), merged(teacher, heads), strict=True))
+        for sides_of_head in sides:
+            s, t = ([x[b, i, j] for i in kept for j in kept] for x in sides_of_head)
+            s_norm, t_norm = (sum(v * v for v in side) ** 0.5 for side in (s, t))
+            total = total + sum((x / s_norm - y / t_norm) ** 2 for x, y in zip(s, t, strict=True)) / len(sides)
+        values.append(total)
+    return torch.stack(values)
+
+
 def naive_row(student, teacher, valid, cross, renormalize, above=None):
     """Relative entropy of one row of scores, over the keys that are valid."""
     inside = [j for j in range(len(student)) if valid[j] or not renormalize]
@@ -142,6 +155,11 @@ QKV_S = tuple(generate((2, 5, 8), b, 1.0) for b in (0.3, 0.9, 1.5))
 QKV_T = tuple(generate((2, 5, 12), b, 1.3) for b in (1.1, 2.3, 3.5))
 
 NAIVE = {
+    "attention_pattern": [
+        *[(naive_attention_pattern, PS, PT, {"heads": h}) for h in MERGED],
+        *[(naive_attention_pattern, PS, PT, {"heads": h, "mask": MASK}) for h in MERGED],
+        (naive_attention_pattern, AS, FOUR_HEADS, {"heads": "mean"}),
+    ],
     "attention_mse": [
         *[(naive_attention_mse, AS, AT, {"heads": h}) for h in MERGED],
         *[(naive_attention_mse, AS, AT, {"heads": h, "mask": MASK}) for h in MERGED],
@@ -260,6 +278,10 @@ class TestAttentionMSEOfPairs(Positions, LossContract):
     loss = attention_mse
     options = {"average": "pairs"}  # noqa: RUF012
     per_example = False  # over the pairs of the batch
+
+
+class TestAttentionPattern(Patterns, LossContract):
+    loss = "attention_pattern"
 
 
 class TestAttentionKL(Patterns, LossContract):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,8 +12,8 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from limbeck.recipe import read_yaml
-from limbeck.registry import nearest
 from limbeck.strict import Strict
+from limbeck.yaml_options import change_values
 
 
 class Options(Strict):
@@ -340,59 +340,5 @@ class CustomArgParser:
             SystemExit: an option that the file does not have, or a value of another kind.
         """
         known, others = self.parser.parse_known_args(arguments)
-        config = read_yaml(known.file)
-        parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-        places = dict(_places(config))
-        for option, (section, key) in places.items():
-            parser.add_argument(option, **_reader(section[key]))
-        found, strange = parser.parse_known_args([*others, *(f"{k}={v}" for k, v in known.params.items())])
-        if strange:
-            parser.error(f"the YAML file has no {strange[0]!r}; {nearest(strange[0], places)}")
-        for name, value in vars(found).items():
-            section, key = places[f"--{name}"]
-            section[key] = value
-        return config
-
-
-def _places(section: dict[str, Any], path: str = "--") -> Iterator[tuple[str, tuple[dict[str, Any], str]]]:
-    """Each value of nested dictionaries: its option, and where it stands."""
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _places(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", (section, key)
-
-
-def _reader(default: Any) -> dict[str, Any]:
-    """How argparse reads a value of the kind of a default."""
-    if isinstance(default, bool):
-        return {"type": truth, "nargs": "?", "const": True}
-    kinds: dict[type, Callable[[str], Any]] = {list: as_list, int: number, float: float, str: str}
-    return {"type": kinds.get(type(default), yaml.safe_load)}
-
-
-def truth(text: str) -> bool:
-    """A truth value as YAML and PyMarlin write it.
-
-    Raises:
-        ValueError: it is none.
-
-    Example:
-        >>> truth("yes"), truth("F")
-        (True, False)
-    """
-    words = {"yes": True, "true": True, "t": True, "y": True, "1": True}
-    words |= {"no": False, "false": False, "f": False, "n": False, "0": False}
-    if text.lower() not in words:
-        raise ValueError(f"{text!r} is neither true nor false")
-    return words[text.lower()]
-
-
-def number(text: str) -> int | float:
-    """A whole number, or else another.
-
-    Example:
-        >>> number("2"), number("2.5")
-        (2, 2.5)
-    """
-    return int(text) if text.lstrip("+-").isdigit() else float(text)
+        changes = [*others, *(f"{option}={value}" for option, value in known.params.items())]
+        return change_values(read_yaml(known.file), changes, readers={list: as_list})

@@ -13,8 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from limbeck.losses.attention import pairs_of
-from limbeck.losses.features import normalized_mse, unit_vectors
+from limbeck.losses.features import unit_vectors
 from limbeck.losses.logits import forward_kl
 from limbeck.students import take_layers
 
@@ -145,25 +144,3 @@ def _vectors(layers: Layers, layer_ids: Sequence[int]) -> Tensor:
                 f"there is no layer {i} among {len(own)}, counted from 0; ask the model for all of them"
             )
     return torch.cat([own[i] for i in layer_ids]).flatten(2)
-
-
-def pattern_distance(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """What `representations_loss` computes of one layer's attention, as the loss of a `limbeck.Term`.
-
-    Args:
-        student: Attention (B, H, L, L).
-        teacher: The same of the teacher; heads are averaged where their numbers differ.
-        mask: (B, L), tokens that count; the attention of others and to others is taken as 0.
-
-    Returns:
-        One value for each example, (B,).
-
-    Example:
-        >>> pattern_distance(torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 1.0]]]]))
-        tensor([2.])
-    """
-    if student.shape[1] != teacher.shape[1]:
-        student, teacher = student.mean(dim=1, keepdim=True), teacher.mean(dim=1, keepdim=True)
-    if mask is not None:
-        student, teacher = student * pairs_of(mask != 0), teacher * pairs_of(mask != 0)
-    return normalized_mse(student.flatten(2), teacher.flatten(2)).mean(dim=1)

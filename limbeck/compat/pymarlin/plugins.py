@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
-
 from limbeck.compat.pymarlin.arguments import (
     CustomArgParser,
     DefaultCheckpointerArguments,
@@ -23,10 +21,14 @@ from limbeck.compat.pymarlin.module import DataInterface
 from limbeck.compat.pymarlin.recipe import Recipe, build_distill_module
 from limbeck.compat.pymarlin.stats import global_stats
 from limbeck.compat.pymarlin.trainer import Trainer
-from limbeck.metrics import entity_scores, get_metric
+from limbeck.metrics import get_metric
 from limbeck.pretrained import load_tokenizer, load_with_head
-from limbeck.registry import nearest, refuse_unknown
-from limbeck.tasks.text import labels_of_tokens
+from limbeck.registry import refuse_unknown
+from limbeck.tasks.tables import class_numbers, column, read_table
+from limbeck.tasks.text import encode_texts
+from limbeck.tasks.words import encode_words, read_words, word_scores
+from limbeck.train import Examples
+from limbeck.types import EXAMPLE_ID
 
 METRICS: Mapping[str, Mapping[str, str]] = {
     "acc": {"acc": "accuracy"},
@@ -35,8 +37,6 @@ METRICS: Mapping[str, Mapping[str, str]] = {
     "pcc_and_scc": {"pearson": "pearson", "spearmanr": "spearman", "corr": "pearson_and_spearman"},
 }
 """What each of PyMarlin's metrics notes, and limbeck's name of it."""
-
-SEPARATORS = {"tsv": "\t", "csv": ","}
 
 
 class DataArguments(Options):
@@ -70,14 +70,16 @@ class DataArguments(Options):
 
 
 class TextData(DataInterface):
-    """Two tables of texts; an example is ``(text, second text or None, label)``."""
+    """Two tables of texts; an example is a tuple of one or two texts, and its label."""
 
     def __init__(self, args: DataArguments) -> None:
         self.args = args
 
     def setup_datasets(self) -> None:
         """Read the tables."""
-        self.train, self.val = self._read(self.args.train_filepath), self._read(self.args.val_filepath)
+        paths = self.args.train_filepath, self.args.val_filepath
+        suffix = {"json": ".jsonl"}.get(self.args.file_format, f".{self.args.file_format}")
+        self.train, self.val = ([] if path is None else self._read(Path(path), suffix) for path in paths)
 
     def get_train_dataset(self, *args: Any, **kwargs: Any) -> Any:
         """The examples to train on."""
@@ -91,48 +93,20 @@ class TextData(DataInterface):
         """The labels."""
         return list(self.args.labels_list)
 
-    def _read(self, path: str | None) -> list[Any]:
-        import pandas as pd
-
-        if path is None:
-            return []
-        if not Path(path).is_file():
-            raise ValueError(f"there is no data file {path!r}")
-        if self.args.file_format == "json":
-            return self._examples(pd.read_json(path, lines=True))
-        table = pd.read_csv(path, sep=SEPARATORS[self.args.file_format], header=self.args.header)
-        return self._examples(table.rename(columns=str))
-
-    def _examples(self, table: Any) -> list[Any]:
-        text, second, label = self.args.text_a_col, self.args.text_b_col, self.args.label_col
-        texts = table[str(text)].astype(str)
-        seconds = [None] * len(table) if second is None else table[str(second)].astype(str)
-        return list(zip(texts, seconds, map(self._label, table[str(label)]), strict=True))
-
-    def _label(self, value: Any) -> float | int:
+    def _read(self, path: Path, suffix: str) -> list[Any]:
+        table = read_table(path, suffix=suffix, header=self.args.header)
+        names = self.args.text_a_col, self.args.text_b_col, self.args.label_col
+        *texts, labels = (column(table, str(name), str(path)) for name in names if name is not None)
         known = self.get_labels()
-        if len(known) < 2:
-            return float(value)
-        if value not in known:
-            raise ValueError(f"label {value!r} is not in labels_list; {nearest(str(value), map(str, known))}")
-        return known.index(value)
+        numbers = class_numbers(labels, known) if len(known) > 1 else [float(str(label)) for label in labels]
+        return list(zip(zip(*(map(str, each) for each in texts), strict=True), numbers, strict=True))
 
 
 class WordData(TextData):
     """Two tables with the columns ``Sentence`` and ``Slot``; an example is ``(words, labels)``."""
 
-    def __init__(self, args: DataArguments) -> None:
-        super().__init__(args.model_copy(update={"header": args.header or 0}))
-
-    def _examples(self, table: Any) -> list[Any]:
-        columns = (table.dropna()[name].str.split(" ") for name in ("Sentence", "Slot"))
-        found = [(words, [self._label(slot) for slot in slots]) for words, slots in zip(*columns, strict=True)]
-        wrong = next((words for words, labels in found if len(words) != len(labels)), None)
-        if wrong is not None:
-            raise ValueError(
-                f"{' '.join(wrong)!r} has {len(wrong)} words and another number of labels; give each one"
-            )
-        return found
+    def _read(self, path: Path, suffix: str) -> list[Any]:
+        return read_words(path, "Sentence", "Slot", self.get_labels(), suffix=suffix, header=self.args.header or 0)
 
 
 class TextModule(Recipe):
@@ -147,41 +121,42 @@ class TextModule(Recipe):
 
     def __init__(self, args: ModuleInterfaceArguments, data: Any) -> None:
         super().__init__(args, data)
-        self.data = data
         self.tokenizer = load_tokenizer(args.model_args.tokenizer_path or args.model_args.source)
+        self.labels = [str(label) for label in data.get_labels()]
         self.setup_models()
 
     def setup_models(self) -> Any:
         """Load the model, with a new head where it has none."""
         import transformers
 
-        labels = [str(label) for label in self.data.get_labels()]
         kind, source = getattr(transformers, self.AUTO_CLASS), self.args.model_args.source
-        self.model, _ = load_with_head(kind, source, labels if len(labels) > 1 else [], "a model")
+        self.model, _ = load_with_head(kind, source, self.labels if len(self.labels) > 1 else [], "a model")
         return self.model
 
     def collate_fun(self, batch: list[Any]) -> Any:
-        """Encode texts, padded to the longest."""
-        texts, seconds, labels = zip(*batch, strict=True)
-        pairs = None if seconds[0] is None else list(seconds)
-        return {**self._encoded(list(texts), pairs, padding=True), "labels": torch.tensor(labels)}
+        """Encode examples, and put them into one batch."""
+        examples = self.encode(batch)
+        made = examples.batch(range(len(batch)))
+        return {name: value for name, value in made.items() if name != EXAMPLE_ID}
 
-    def _encoded(self, *texts: Any, **options: Any) -> Any:
-        most = self.args.max_seq_len
-        return self.tokenizer(*texts, max_length=most, truncation=True, return_tensors="pt", **options)
+    def encode(self, batch: list[Any]) -> Examples:
+        """Encode texts, padded to the longest."""
+        texts, labels = zip(*batch, strict=True)
+        regression = len(self.labels) < 2
+        return encode_texts(texts, labels, self.tokenizer, self.args.max_seq_len, regression)
 
     def on_end_val_epoch(self, global_step: int, *val_step_collated_outputs: Any, key: str = "default") -> None:
         """Note the mean loss and the scores."""
         super().on_end_val_epoch(global_step, *val_step_collated_outputs, key=key)
         if self.args.has_labels and len(val_step_collated_outputs) == 3:
             _, logits, labels = val_step_collated_outputs
-            for name, score in self.scores(logits, labels).items():
+            for name, score in self.scores(logits.float(), labels).items():
                 global_stats.update(f"{key}/val_{name}", score)
 
     def scores(self, logits: Any, labels: Any) -> dict[str, float]:
         """The scores by name."""
         metrics = METRICS[self.args.metric].items()
-        return {name: get_metric(metric)(logits.float().numpy(), labels.numpy()) for name, metric in metrics}
+        return {name: get_metric(metric)(logits.numpy(), labels.numpy()) for name, metric in metrics}
 
     def save_model(self, folder: str | Path) -> None:
         """Save model and tokenizer."""
@@ -194,25 +169,15 @@ class WordModule(TextModule):
 
     AUTO_CLASS = "AutoModelForTokenClassification"
 
-    def collate_fun(self, batch: list[Any]) -> Any:
-        """Encode words; tokens that do not count have the label ``pad_label_id``."""
-        words, labels = zip(*batch, strict=True)
-        # Padded to one length, for validation puts the logits of all batches behind one another.
-        tokens = self._encoded([list(each) for each in words], is_split_into_words=True, padding="max_length")
-        pad, every = self.args.pad_label_id, self.args.label_all_tokens
-        rows = [
-            labels_of_tokens(tokens.word_ids(i), own, ignored=pad, every=every) for i, own in enumerate(labels)
-        ]
-        return {**tokens, "labels": torch.tensor(rows)}
+    def encode(self, batch: list[Any]) -> Examples:
+        """Encode words, all to one length, for validation puts the logits of all batches behind one another."""
+        ignored, every = self.args.pad_label_id, self.args.label_all_tokens
+        most = self.args.max_seq_len
+        return encode_words(batch, self.tokenizer, most, ignored=ignored, every=every, longest=False)
 
     def scores(self, logits: Any, labels: Any) -> dict[str, float]:
         """How well whole entities are found."""
-        names, counts = self.data.get_labels(), labels != self.args.pad_label_id
-        tags = [
-            [[names[i] for i in row[kept].tolist()] for row, kept in zip(side, counts, strict=True)]
-            for side in (logits.argmax(dim=-1), labels)
-        ]
-        return entity_scores(*tags)
+        return word_scores(logits, labels, self.labels, ignored=self.args.pad_label_id)
 
 
 SECTIONS: Mapping[str, type[Options]] = {

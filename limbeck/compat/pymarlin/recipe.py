@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from limbeck.batch import collated
 from limbeck.compat.pymarlin.arguments import DistillationArguments
-from limbeck.compat.pymarlin.distill_utils import pattern_distance
 from limbeck.compat.pymarlin.module import ModuleInterface
 from limbeck.compat.pymarlin.stats import global_stats
 from limbeck.distiller import Distiller
@@ -135,8 +134,10 @@ def build_terms(distill: DistillationArguments, student: Any, teacher: Any) -> l
     Raises:
         ValueError: layers that are not there, or not one for each of the student's.
     """
-    pairs = paired_layers(distill.student_layers, count_layers(student), count_layers(teacher))
+    pairs = layer_pairs(list(distill.student_layers) or "uniform", count_layers(student), count_layers(teacher))
     project = "linear" if student.config.hidden_size != teacher.config.hidden_size else None
+    same = student.config.num_attention_heads == teacher.config.num_attention_heads
+    heads = "each" if same else "mean"
     regression = student.config.num_labels == 1  # a distribution over one class is always the same
     scale = 1.0 if distill.scale_loss_by_temp else distill.temperature**2
     found: list[Term] = []
@@ -150,32 +151,12 @@ def build_terms(distill: DistillationArguments, student: Any, teacher: Any) -> l
             soft = distill.temperature
             found += [Term(kind, loss="forward_kl", temperature=soft, weight=weight / scale, name=kind)]
         elif kind == "attentions":
-            found += spread(tap, tap, pairs, name=kind, weight=weight, loss=pattern_distance)
+            found += spread(tap, tap, pairs, name=kind, weight=weight, loss="attention_pattern", heads=heads)
         else:  # the embeddings stand before the hidden states of layer 0
             outputs = [(i + 1, j + 1) for i, j in pairs]
             loss = "normalized_mse"
             found += spread(tap, tap, outputs, name=kind, weight=weight, loss=loss, project=project)
     return found
-
-
-def paired_layers(chosen: Sequence[int], student: int, teacher: int) -> list[tuple[int, int]]:
-    """Which of the student's layers learns from which of the teacher's.
-
-    Raises:
-        ValueError: not one for each of the student's.
-
-    Example:
-        >>> paired_layers([0, -1], 2, 4)
-        [(0, 0), (1, 3)]
-    """
-    if not chosen:
-        return layer_pairs("uniform", student, teacher)
-    if len(chosen) != student:
-        raise ValueError(
-            f"the student has {student} layers and student_layers names {len(chosen)} of the teacher's; name one "
-            "for each, or none"
-        )
-    return layer_pairs([(i, j % teacher) for i, j in enumerate(chosen)], student, teacher)
 
 
 def narrowed(student: Any, share: float) -> Any:

@@ -1,129 +1,68 @@
-"""``global_stats``: numbers that a module notes, written every few steps or after each epoch."""
+"""``global_stats``: numbers that a module notes for the trainer that is at work, which keeps `Notes` of them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from limbeck.compat.pymarlin.arguments import StatInitArguments as StatInitArguments
 from limbeck.registry import nearest
+from limbeck.train.notes import Notes, Write, show
 
-LOGGER = logging.getLogger(__name__)
-
-Writer = Callable[[Mapping[str, float], int], Any]
-
-
-def show(values: Mapping[str, float], step: int) -> None:
-    """Print each number on a line.
-
-    Example:
-        >>> show({"loss": 0.5}, 3)
-        step = 3, loss : 0.5
-    """
-    for name, value in values.items():
-        print(f"step = {step}, {name} : {value}", flush=True)
+_CURRENT: ContextVar[Notes | None] = ContextVar("the notes of the trainer at work", default=None)
 
 
-def writers_of(names: Sequence[Any], trackers: Writer) -> list[Writer]:
-    """The writers of these names; functions stand for themselves.
-
-    Args:
-        names: ``"stdout"``, ``"tensorboard"``, or functions; ``"aml"`` gives a line in the log alone.
-        trackers: What writes for trackers.
+def writers_of(names: Sequence[Any], scalars: Write) -> list[Write]:
+    """The writers of these names; functions stand for themselves, and ``"aml"`` gives a line in the log alone.
 
     Raises:
         ValueError: an unknown name.
 
     Example:
-        >>> writers_of(["stdot"], show)
-        Traceback (most recent call last):
-        ValueError: unknown writer 'stdot'; did you mean 'stdout'?
+        >>> writers_of(["stdout"], print)[0] is show
+        True
     """
-    known: dict[str, Writer] = {"stdout": show, "tensorboard": trackers}
-    if "aml" in names:
-        LOGGER.warning(
-            "writer 'aml' writes nothing: Azure ML is not used here; pass a function(values, step) for it"
-        )
+    known: dict[str, Write] = {"stdout": show, "tensorboard": scalars}
     for name in names:
-        if not callable(name) and name not in (*known, "aml"):
+        if name == "aml":
+            logging.getLogger(__name__).warning(
+                "writer 'aml' writes nothing: Azure ML is not used here; pass a function(values, step) for it"
+            )
+        elif not callable(name) and name not in known:
             raise ValueError(f"unknown writer {name!r}; {nearest(str(name), [*known, 'aml'])}")
-    return [name if callable(name) else known[name] for name in names if name != "aml"]
+    return [known.get(name, name) for name in names if name != "aml"]
 
 
-class Stats:
-    """Brings numbers by name to writers.
-
-    Args:
-        log_steps: Steps after which the frequent ones are written, each as its mean since the last time.
-        writers: Where.
-
-    Example:
-        >>> stats = Stats(1, [show])
-        >>> stats.update("lr", 0.1, frequent=True)
-        >>> stats.log_stats(step=1)
-        step = 1, lr : 0.1
-    """
-
-    def __init__(self, log_steps: int, writers: Sequence[Writer]) -> None:
-        self.log_steps, self.writers = log_steps, list(writers)
-        self.short: dict[str, list[float]] = {}
-        self.long: dict[str, float] = {}
-
-    def update(self, k: str, v: float, frequent: bool = False) -> None:
-        """Note a number, to be written every few steps (`frequent`) or after the epoch."""
-        if frequent:
-            self.short.setdefault(k, []).append(v)
-        else:
-            self.long[k] = v
-
-    def log_stats(self, step: int) -> None:
-        """Write the frequent ones, if their step has come."""
-        if step % self.log_steps == 0:
-            self._write({name: sum(values) / len(values) for name, values in self.short.items()}, step)
-            self.short.clear()
-
-    def log_long_stats(self, step: int) -> None:
-        """Write the others."""
-        self._write(dict(self.long), step)
-        self.long.clear()
-
-    def _write(self, values: dict[str, float], step: int) -> None:
-        for write in self.writers if values else ():
-            write(values, step)
-
-    @contextmanager
-    def current(self) -> Iterator[None]:
-        """Let `global_stats` stand for these inside the block."""
-        token = _CURRENT.set(self)
-        try:
-            yield
-        finally:
-            _CURRENT.reset(token)
-
-
-_CURRENT: ContextVar[Stats | None] = ContextVar("the statistics of the trainer at work", default=None)
+@contextmanager
+def noting(notes: Notes) -> Iterator[None]:
+    """Let `global_stats` stand for these notes inside the block."""
+    token = _CURRENT.set(notes)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
 
 
 class GlobalStats:
-    """Stands for the statistics of the trainer that is at work; outside of one, nothing is noted.
+    """Stands for the notes of the trainer that is at work; outside of one, nothing is noted.
 
     It keeps nothing itself. Scripts import it as `global_stats`.
 
     Example:
-        >>> stats = Stats(1, [])
-        >>> with stats.current():
+        >>> from limbeck.train.notes import show
+        >>> notes = Notes([show])
+        >>> with noting(notes):
         ...     global_stats.update("accuracy", 0.9)
-        >>> stats.long
-        {'accuracy': 0.9}
+        >>> notes.write_epoch(3)
+        step = 3, accuracy : 0.9
     """
 
     def update(self, k: str, v: float, frequent: bool = False) -> None:
-        """Note a number; see `Stats.update`."""
-        if (stats := _CURRENT.get()) is not None:
-            stats.update(k, v, frequent)
+        """Note a number, to be written every few steps (`frequent`) or after the epoch."""
+        if (notes := _CURRENT.get()) is not None:
+            notes.note(k, v, of_step=frequent)
 
     def update_multi(self, k: str, v: Mapping[str, float], frequent: bool = False) -> None:
         """Note numbers that belong together, each as ``k/name``."""

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import broadcast_object_list
-from torch import Tensor
 from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
 
 from limbeck.compat.pymarlin.arguments import TrainerArguments
 from limbeck.compat.pymarlin.module import ModuleInterface, Stage
-from limbeck.compat.pymarlin.stats import Stats, writers_of
+from limbeck.compat.pymarlin.stats import noting, writers_of
 from limbeck.registry import nearest
-from limbeck.train import checkpoint as files
-from limbeck.train.collecting import Collected, RankShare, collect
-from limbeck.train.plain import WEIGHTS, Callback, Loop, State
-from limbeck.train.ranks import start_accelerator
+from limbeck.train.checkpoint import new_training, newest_within, save_weights
+from limbeck.train.collecting import Collecting, RankShare, collect
+from limbeck.train.notes import Notes
+from limbeck.train.plain import Callback, Loop, State, recall
+from limbeck.train.ranks import cut_batch, start_accelerator
+from limbeck.train.refusals import check_held
+from limbeck.train.scalars import Scalars
 from limbeck.train.settings import Settings
-from limbeck.train.together import Optimizers, Schedulers
 
 
 @dataclass(frozen=True)
@@ -144,58 +144,52 @@ class Trainer:
     ) -> None:
         self.module, self.args = module, args
         self.trainer_backend = build_trainer_backend(args.backend) if trainer_backend is None else trainer_backend
-        self._refuse_own(self.trainer_backend, checkpointer)
-        trackers = [name for name in args.writers if name == "tensorboard"]
-        self.accelerator = start_accelerator(Settings(trackers=trackers), Path(args.writer_args.tb_log_dir))
-        self._check_ranks()
-        writers = writers_of(args.writers, self.accelerator.log) if self.is_main_process else []
-        self.stats = Stats(args.stats_args.log_steps, writers)
-        self.state, self._begin = State(module, None), self._found()
+        self.accelerator = start_accelerator(Settings(), None)
+        self._refuse(self.trainer_backend, checkpointer)
+        parts = cut_batch(
+            args.train_batch_size, ranks=self.accelerator.num_processes, most=args.gpu_batch_size_limit
+        )
+        self.train_step_batch_size, self.gradient_accumulation = parts
+        self.scalars = Scalars(args.writer_args.tb_log_dir if "tensorboard" in args.writers else None)
+        self.stats = Notes(writers_of(args.writers, self.scalars.write), args.stats_args.log_steps)
+        self._begin = self._found()
         self._folder: Path | None = None
         module.to(self.device)
         module.prepare_training()
-        if self._begin is not None:
-            files.load_weights(module, self._begin / WEIGHTS)
-            kept = files.read_tree(self._begin, "state")["state"]
-            self.state.step, self.state.epoch = kept["step"], kept["epoch"]
+        self.state = State(module, None) if self._begin is None else recall(module, self._begin)
         epochs = args.epochs - self.state.epoch if args.reset_optimizers_schedulers else args.epochs
         steps = self.estimated_global_steps_per_epoch
         optimizers, schedulers = module.get_optimizers_schedulers(steps, max(1, epochs))
         self.optimizers, self.schedulers = list(optimizers), list(schedulers or ())
-        self._check_projections()
+        check_held(module, *self.optimizers)
 
     def train(self) -> None:
         """Train and validate, from the checkpoint of ``load_dir`` where there is one."""
-        args, hooks = self.args, Hooks(self)
-        self._folder = self._chosen_folder() if self._folder is None else self._folder
+        args, kept, hooks = self.args, self.args.checkpointer_args, Hooks(self)
+        if kept.checkpoint and self._folder is None:
+            place, replace = Path(kept.save_dir), kept.delete_existing_checkpoints
+            self._folder = new_training(place, kept.file_prefix, replace=replace)
         loop = Loop(
-            hooks.step,
+            hooks.collecting,
             self.module,
-            lambda epoch: self._loader(self._train_sampler),
-            self.optimizers[0] if len(self.optimizers) == 1 else Optimizers(self.optimizers),
+            lambda epoch: self._loader(DistributedSampler if self.is_distributed else RandomSampler),
+            self.optimizers,
             epochs=args.epochs,
             epoch_steps=args.max_train_steps_per_epoch,
-            scheduler=Schedulers(self.schedulers) if self.schedulers else None,
+            scheduler=self.schedulers or None,
             accumulation=self.gradient_accumulation,
             clip=args.max_grad_norm if args.clip_grads else None,
             precision=self._precision,
             device=self.device,
-            callbacks=[hooks],
+            callbacks=[hooks, self.stats],
             folder=self._folder,
             begin=None if args.reset_optimizers_schedulers else self._begin,
+            after=self.state,
             keep=args.epochs,
             place=False,
         )
-        loop.state.step, loop.state.epoch = self.state.step, self.state.epoch
-        self.state = loop.state
-        self.accelerator.init_trackers("pymarlin")
-        with self.stats.current():
+        with self.scalars, noting(self.stats):
             loop.run()
-            self._save_module()
-            self.module.on_end_train(self.state.step)
-            self.stats.log_long_stats(self.state.step)
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
 
     def validate(self) -> list[Any] | None:
         """Validate on every loader.
@@ -203,17 +197,18 @@ class Trainer:
         Returns:
             What the steps on the last loader gave, all batches behind one another; None where there is no loader.
         """
-        found = self.module.get_val_dataloaders(batch_size=self.val_step_batch_size, sampler=self._val_sampler)
+        sampler = RankShare if self.is_distributed else SequentialSampler
+        found = self.module.get_val_dataloaders(batch_size=self.val_step_batch_size, sampler=sampler)
         loaders = found if isinstance(found, dict) else {} if found is None else {"default": found}
         outputs, most = None, self.args.max_val_steps_per_epoch
         self.module.eval()
-        with self.stats.current():
+        with noting(self.stats):
             for key, loader in loaders.items():
                 outputs = collect(
-                    self._val_step, loader, limit=most, precision=self._precision, device=self.device
+                    self._step(Stage.VAL), loader, limit=most, precision=self._precision, device=self.device
                 )
                 self.module.on_end_val_epoch(self.state.step, *outputs, key=key)
-            self.stats.log_long_stats(self.state.step)
+            self.stats.write_epoch(self.state.step)
         return outputs
 
     @property
@@ -235,23 +230,12 @@ class Trainer:
     @property
     def pergpu_global_batch_size(self) -> int:
         """Examples of one update on this rank."""
-        return int(self.args.train_batch_size // self.accelerator.num_processes)
-
-    @property
-    def train_step_batch_size(self) -> int:
-        """Examples that are trained on at once: the largest part of the rank's that fits and divides them."""
-        size: int = self.pergpu_global_batch_size
-        return next(n for n in range(min(size, self.args.gpu_batch_size_limit), 0, -1) if size % n == 0)
-
-    @property
-    def gradient_accumulation(self) -> int:
-        """Parts of one update."""
-        return int(self.pergpu_global_batch_size // self.train_step_batch_size)
+        return self.train_step_batch_size * self.gradient_accumulation
 
     @property
     def val_step_batch_size(self) -> int:
         """Examples of a batch of validation."""
-        return int(self.args.val_batch_size)
+        return self.args.val_batch_size
 
     @property
     def global_steps_finished(self) -> int:
@@ -276,21 +260,18 @@ class Trainer:
     def _precision(self) -> Literal["fp32", "fp16"]:
         return "fp16" if self.args.amp_backend_native else self.trainer_backend.precision
 
-    @property
-    def _train_sampler(self) -> Callable[..., Any]:
-        return DistributedSampler if self.is_distributed else RandomSampler
-
-    @property
-    def _val_sampler(self) -> Callable[..., Any]:
-        return RankShare if self.is_distributed else SequentialSampler
-
     def _loader(self, sampler: Callable[..., Any]) -> Any:
         return self.module.get_train_dataloader(batch_size=self.train_step_batch_size, sampler=sampler)
 
-    def _val_step(self, batch: Any) -> Any:
-        return self.module(stage=Stage.VAL, global_step=self.state.step, batch=batch, device=self.device)
+    def _step(self, stage: Stage) -> Callable[..., Any]:
+        """The module's step of a stage, which in training counts from 1."""
+        ahead = int(stage is Stage.TRAIN)
+        return lambda batch, state=None: self.module(
+            stage=stage, global_step=self.state.step + ahead, batch=batch, device=self.device
+        )
 
-    def _refuse_own(self, backend: Any, checkpointer: Any) -> None:
+    def _refuse(self, backend: Any, checkpointer: Any) -> None:
+        """Refuse what this trainer has not: parts of a script's own, and ranks that were not started."""
         if not isinstance(backend, TrainerBackend):
             kind = type(backend).__name__
             raise TypeError(f"trainer_backend is {kind}, and own ones are not supported; use SingleProcess()")
@@ -298,10 +279,8 @@ class Trainer:
             raise TypeError("checkpointers of a script's own are not supported; use args.checkpointer_args")
         if type(self.module).get_state is not ModuleInterface.get_state:
             raise TypeError("get_state is not called here; keep tensors as buffers, which checkpoints hold")
-
-    def _check_ranks(self) -> None:
         world, stated = self.accelerator.num_processes, self.args.distributed_training_args
-        if world > 1 and not self.trainer_backend.distributed:
+        if world > 1 and not backend.distributed:
             raise ValueError(
                 f"there are {world} ranks, and the backend is for one; use 'ddp' or DDPTrainerBackend"
             )
@@ -310,97 +289,54 @@ class Trainer:
                 f"distributed_training_args says {stated.world_size} ranks, and there are {world}; start as many "
                 "with accelerate launch or torchrun"
             )
-        if self.args.train_batch_size % world:
-            raise ValueError(f"{world} ranks cannot share train_batch_size={self.args.train_batch_size}")
-
-    def _check_projections(self) -> None:
-        """Refuse what would stay as it was drawn."""
-        held = {p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
-        distiller = self.module.distiller
-        idle = 0 if distiller is None else sum(p not in held for p in distiller.objective.parameters())
-        if idle:
-            raise ValueError(
-                f"{idle} parameters of projections are in no optimizer; build it of self.parameters() in "
-                "get_optimizers_schedulers"
-            )
 
     def _found(self) -> Path | None:
         """The checkpoint to begin from."""
         args = self.args.checkpointer_args
         if not args.load_dir:
             return None
-        place, target = Path(args.load_dir), Path(args.save_dir).resolve()
-        if args.delete_existing_checkpoints and place.resolve().is_relative_to(target):
+        place = Path(args.load_dir)
+        if args.delete_existing_checkpoints and place.resolve().is_relative_to(Path(args.save_dir).resolve()):
             raise ValueError(
                 f"delete_existing_checkpoints=True would delete what load_dir={args.load_dir!r} holds"
             )
-        if not args.load_filename:
-            return files.newest_within(place)
-        if not (place / args.load_filename).is_dir():
-            name = args.load_filename
-            raise ValueError(
-                f"there is no checkpoint {name!r} in {place}; it is a folder such as model/step-00000120"
-            )
-        return place / args.load_filename
-
-    def _chosen_folder(self) -> Path | None:
-        """Where this training's checkpoints go, chosen by the first rank."""
-        args = self.args.checkpointer_args
-        place = Path(args.save_dir)
-        if args.delete_existing_checkpoints and self.is_main_process:
-            files.remove_trainings(place, args.file_prefix)
-        chosen = [files.unused_folder(place, args.file_prefix) if args.checkpoint else None]
-        return broadcast_object_list(chosen)[0] if self.is_distributed else chosen[0]
-
-    def _save_module(self) -> None:
-        """The module's state alone, at the end."""
-        args = self.args.checkpointer_args
-        if args.checkpoint and args.model_state_save_dir and self.is_main_process:
-            place = Path(args.model_state_save_dir)
-            place.mkdir(parents=True, exist_ok=True)
-            files.save_weights(self.module, place / f"{args.file_prefix}_model_{self.last_epoch}.safetensors")
+        return newest_within(place, args.load_filename)
 
 
 class Hooks(Callback):
-    """The loop's step and callbacks, as those of a trainer's module."""
+    """The loop's callbacks, as those of a trainer's module."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.module, self.stats = trainer, trainer.module, trainer.stats
-        self.of_step, self.of_epoch = Collected(), Collected()
-        self.loss = torch.zeros(())
-
-    def step(self, batch: Any, state: State) -> Tensor:
-        """The module's step, whose outputs are kept for its callbacks."""
-        device, number = self.trainer.device, state.step + 1
-        given = self.module(stage=Stage.TRAIN, global_step=number, batch=batch, device=device)
-        outputs = [given] if isinstance(given, Tensor) else list(given)
-        self.of_step.add(outputs)
-        self.of_epoch.add(outputs)
-        self.loss = outputs[0]
-        return self.loss
+        self.trainer, self.module = trainer, trainer.module
+        self.collecting = Collecting(trainer._step(Stage.TRAIN))
 
     def on_epoch_start(self, state: State) -> None:
         """The module says how it begins, and trains with a teacher that does not."""
         self.module.on_begin_train_epoch(state.step, state.epoch)
         self.module.prepare_training()
         self.module.train()
-        self.of_epoch = Collected()
 
     def on_backward(self, state: State) -> None:
         """The loss as a part of its update."""
-        self.module.on_end_backward(state.step, self.loss / self.trainer.gradient_accumulation)
-        self.loss = self.loss.detach()  # lets go of the graph
+        assert state.loss is not None
+        self.module.on_end_backward(state.step, state.loss / self.trainer.gradient_accumulation)
 
     def on_step(self, state: State) -> None:
-        """What the update's parts gave, and numbers to log."""
-        self.stats.update("loss", float(state.loss), frequent=True)  # type: ignore[arg-type]
-        outputs, self.of_step = self.of_step.outputs(), Collected()
-        self.module.on_end_train_step(state.step, *outputs)
-        self.stats.log_stats(state.step)
+        """What the update's parts gave."""
+        self.module.on_end_train_step(state.step, *self.collecting.take_update())
 
     def on_epoch(self, state: State) -> None:
         """Validation, and what the whole epoch gave."""
-        outputs = self.of_epoch.of_all_ranks()
+        outputs = self.collecting.take_epoch()
         self.trainer.validate()
         self.module.on_end_train_epoch(state.step, *outputs)
-        self.stats.log_long_stats(state.step)
+
+    def on_end(self, state: State) -> None:
+        """The module's state alone."""
+        args = self.trainer.args.checkpointer_args
+        if args.checkpoint and args.model_state_save_dir and self.trainer.is_main_process:
+            name = f"{args.file_prefix}_model_{self.trainer.last_epoch}.safetensors"
+            place = Path(args.model_state_save_dir)
+            place.mkdir(parents=True, exist_ok=True)
+            save_weights(self.module, place / name)
+        self.module.on_end_train(state.step)
