@@ -69,7 +69,7 @@ def build(
     if not built.is_main:
         return
     size = f"{counted(built.examples, 'example')}, {counted(built.bytes, 'byte')}"
-    console.print(f"{out}: {size}; the teacher ran for {built.computed:,} now", highlight=False)
+    console.print(f"{out}: {size}; the teacher ran for {built.computed:,} now", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -80,7 +80,7 @@ def info(folder: Folder) -> None:
     belongs = read_manifest(folder)
     store = Store(belongs, folder)
     size = f"{counted(len(store.shards), 'shard')}, {counted(store.nbytes(), 'byte')}"
-    console.print(f"{folder}: {counted(len(store), 'example')} in {size}", highlight=False)
+    console.print(f"{folder}: {counted(len(store), 'example')} in {size}", highlight=False, soft_wrap=True)
     for tap in sorted(store.taps()):
         form = ", ".join(f"{k} {v}" for k, v in store.form(tap).items() if k != "form")
         nbytes, entries = store.size(tap)
@@ -89,7 +89,7 @@ def info(folder: Folder) -> None:
             f"  {tap}, kept by {store.kind(tap)}: {store.form(tap)['form']} ({form}), {each}", highlight=False
         )
     for field, value in belongs.items():
-        console.print(f"  {field}: {value}", highlight=False)
+        console.print(f"  {field}: {value}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -124,7 +124,11 @@ def prune(folder: Folder) -> None:
     from limbeck.cache import prune as delete
 
     gone = delete(folder)
-    console.print("\n".join(f"deleted {name}" for name in gone) if gone else "nothing to delete", highlight=False)
+    console.print(
+        "\n".join(f"deleted {name}" for name in gone) if gone else "nothing to delete",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -139,4 +143,4 @@ def merge(
         raise ValueError(f"{target} cannot be merged into itself; name another cache")
     came = bring(target, sources)
     nothing = "" if came else ", it has them all already"
-    console.print(f"{counted(came, 'shard')} came into {target}{nothing}", highlight=False)
+    console.print(f"{counted(came, 'shard')} came into {target}{nothing}", highlight=False, soft_wrap=True)
