@@ -124,6 +124,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state | {name: state[other] for name, other in tied.items()}
 
 
+def first_spoiled(module: nn.Module) -> str | None:
+    """The name of the first parameter that is not finite, which no checkpoint shall hold; None where all are.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> _ = layer.bias.data.fill_(float("nan"))
+        >>> first_spoiled(layer)
+        'bias'
+    """
+    return next((name for name, p in module.named_parameters() if not torch.isfinite(p).all()), None)
+
+
 def random_state() -> dict[str, Any]:
     """The state of every random generator that training draws from."""
     version, numbers, gauss = random.getstate()

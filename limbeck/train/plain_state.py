@@ -216,10 +216,10 @@ class Keeping:
             FloatingPointError: the loss or the weights are no longer finite.
         """
         state = self.state
-        spoiled = "the loss" if state.loss is not None and not torch.isfinite(state.loss) else None
-        for name, parameter in state.model.named_parameters():
-            if spoiled is None and not torch.isfinite(parameter).all():
-                spoiled = f"the weights of {name}"
+        name = files.first_spoiled(state.model)
+        spoiled = None if name is None else f"the weights of {name}"
+        if state.loss is not None and not torch.isfinite(state.loss):
+            spoiled = "the loss"
         if spoiled is not None:
             kept = f"The last good checkpoint is {state.checkpoint}." if state.checkpoint else "None was kept."
             raise FloatingPointError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from limbeck.distiller import Distiller
 from limbeck.stopwatch import Stopwatch
-from limbeck.train.checkpoint import random_state, set_random_state
+from limbeck.train.checkpoint import first_spoiled, random_state, set_random_state
 from limbeck.train.data import Step
 from limbeck.train.settings import Settings
 from limbeck.types import Batch
@@ -188,8 +188,7 @@ class Replicated:
 
     def spoiled(self) -> str | None:
         """Look at this rank's own, since all are alike."""
-        named = self.distiller.named_parameters()
-        return next((name for name, p in named if not torch.isfinite(p).all()), None)
+        return first_spoiled(self.distiller)
 
     def weights(self) -> dict[str, Tensor]:
         """The state dict."""

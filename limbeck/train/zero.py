@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from limbeck.distiller import Distiller
+from limbeck.train.checkpoint import first_spoiled
 from limbeck.train.settings import Settings
 
 if TYPE_CHECKING:
@@ -81,8 +82,7 @@ class Engine:
 
     def spoiled(self) -> str | None:
         """Look at this rank's own, since all are alike."""
-        named = self.distiller.named_parameters()
-        return next((name for name, p in named if not torch.isfinite(p).all()), None)
+        return first_spoiled(self.distiller)
 
     def weights(self) -> dict[str, Tensor]:
         """The state dict."""
