@@ -57,7 +57,7 @@ class Candidate:
     @property
     def finished(self) -> bool:
         """Whether it may be chosen: trained to its end, with a score and a time that are numbers."""
-        measured = self.score is not None and math.isfinite(self.score) and math.isfinite(self.latency_ms)
+        measured = self.score is not None and math.isfinite(self.score) and 0 < self.latency_ms < math.inf
         return self.state == COMPLETE and measured
 
 
