@@ -26,6 +26,9 @@ LAYERS = "layers"
 MODULES = "modules"
 """The tap of a term that is spread over modules whose names belong together."""
 
+SEARCH = "search"
+"""The part of a recipe that says what a search may try; for all else it is not there."""
+
 EXAMPLES = {
     "task": "name: glue/rte",
     "teacher": "model: PATH",
@@ -247,6 +250,8 @@ class Recipe(Strict):
     def parse(cls, source: Mapping[str, Any], changes: Sequence[str] = ()) -> Recipe:
         """Check a nested mapping, after changes of the form ``a.b=value``.
 
+        Its part ``search:`` is for `limbeck.search` and no part of the Recipe.
+
         Raises:
             ValueError: an unknown key or a wrong value; the message names its place.
         """
@@ -254,6 +259,7 @@ class Recipe(Strict):
         for change in changes:
             set_value(data, change)
         data = spelled_out(data)
+        data.pop(SEARCH, None)
         try:
             return cls.model_validate(data)
         except ValidationError as error:

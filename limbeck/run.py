@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from limbeck.atomic import write_text
+from limbeck.cache import first_difference
 from limbeck.distiller import Distiller, read_of_teacher
 from limbeck.encodings import Encoded, encode_for
 from limbeck.evaluate import count_parameters
@@ -112,6 +114,7 @@ class Run:
         observer: What watches.
         command: What was typed.
         several: Whether this may be one of several processes.
+        judged: The splits on which models predict; by default all but those that are for training.
     """
 
     def __init__(
@@ -122,6 +125,7 @@ class Run:
         observer: Observer,
         command: str = "",
         several: bool = False,
+        judged: Sequence[str] = (),
     ) -> None:
         self.recipe = recipe
         self.task = task
@@ -129,6 +133,7 @@ class Run:
         self.observer = observer
         self.command = command or f"limbeck distill {folder / RECIPE}"
         self.regression = is_regression(task)
+        self.judged = judged or [name for name in task.splits if name not in (TRAIN, HOLDOUT)]
         self.data = Encoded({}, {}, Examples([]))
         self.processor: Any = None
         self.seeds = list(range(recipe.training.seed, recipe.training.seed + recipe.seeds))
@@ -143,6 +148,20 @@ class Run:
             "teacher": teacher_fingerprint(recipe.teacher.model),
             "student": recipe.student.model and fingerprint(recipe.student.model),
         }
+
+    def lend(self, recipe: Recipe, folder: Path, observer: Observer) -> Run:
+        """Another run on the ground of this one: its task, its teacher, which is ready, and what that said.
+
+        Args:
+            recipe: What to do there; it differs in the student, the terms or the training.
+            folder: Where that goes.
+            observer: What watches.
+        """
+        other = copy.copy(self)
+        other.recipe, other.folder, other.observer, other.matches = recipe, folder, observer, {}
+        if recipe.student.model != self.recipe.student.model:  # which may read the data otherwise
+            other._take(self.teacher)
+        return other
 
     def execute(self, overwrite: bool = False, retrain: bool = False) -> Report:
         """The run, from top to bottom."""
@@ -242,7 +261,7 @@ class Run:
         if overwrite:
             return
         try:
-            difference = first_difference(json.loads(kept.read_text()), self.made_by)
+            difference = first_difference(self.made_by, json.loads(kept.read_text()))
         except ValueError as error:
             raise ValueError(f"{kept} is damaged ({error}); choose another --out, or pass --overwrite") from None
         if difference:
@@ -398,7 +417,7 @@ class Run:
             log=self.folder / LOG,
             train=self.data.training if role == "student" else data[TRAIN],
             choose=data.get(HOLDOUT, data[VALIDATION]),
-            evaluate={n: d for n, d in data.items() if n not in (TRAIN, HOLDOUT)},
+            evaluate={name: data[name] for name in self.judged},
             metric=self.task.metrics[0],
             device=self.device,
         )
@@ -425,20 +444,3 @@ def _processes(several: bool) -> Any:
             f"a run is one process, and {state.num_processes} were started; for several ranks call limbeck.fit"
         )
     return state
-
-
-def first_difference(kept: Any, wanted: Any, place: str = "") -> str:
-    """Say where two nested mappings differ first, or nothing.
-
-    Example:
-        >>> first_difference({"a": {"b": 1}}, {"a": {"b": 2}})
-        'a.b is 1 there and 2 here'
-    """
-    if isinstance(kept, dict) and isinstance(wanted, dict):
-        for key in [*kept, *(k for k in wanted if k not in kept)]:
-            inner = f"{place}.{key}" if place else str(key)
-            found = first_difference(kept.get(key), wanted.get(key), inner)
-            if found:
-                return found
-        return ""
-    return "" if kept == wanted else f"{place} is {kept!r} there and {wanted!r} here"

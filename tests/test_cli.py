@@ -148,7 +148,7 @@ def test_another_run_in_the_same_folder_is_refused(limbeck, place, tmp_path):
     limbeck(*main_job(place, tmp_path / "run"))
     failed(
         limbeck(*main_job(place, tmp_path / "run"), "--set", "training.learning_rate=1e-3"),
-        "training.learning_rate is 5e-05 there and 0.001 here",
+        "training.learning_rate: 5e-05 there, 0.001 here",
         "--overwrite",
     )
 
