@@ -35,7 +35,9 @@ LAYERS = [
     "summary remember",
     "run",
     "progress testing building compat",
+    "search",
     "cli_cache",
+    "cli_search",
     "cli",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
