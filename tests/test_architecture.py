@@ -28,7 +28,7 @@ LAYERS = [
     "objective checks layerwise stages",
     "distiller witness standin",
     "train report alongside accompanied adapted",
-    "tasks evaluate",
+    "tasks evaluate presets",
     "recipe stage encodings",
     "models pairing plan keeping frame_model",
     "teaching",
@@ -36,6 +36,7 @@ LAYERS = [
     "run",
     "progress testing building compat",
     "cli_cache",
+    "cli_distill",
     "cli",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
