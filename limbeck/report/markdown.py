@@ -128,7 +128,7 @@ def _plan(report: Report) -> list[str]:
 
 def _making(report: Report) -> list[str]:
     environment = [(escape(name), escape(value)) for name, value in tables.environment_rows(report.environment)]
-    recipe = tables.recipe_text(report)
+    recipe = tables.recipe_text(report.recipe)
     parts = [
         "## How it was made",
         "\n".join(f"- {name}: {escape(value)}" for name, value in tables.facts_of_run(report)),

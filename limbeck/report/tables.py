@@ -140,11 +140,11 @@ def environment_rows(environment: Mapping[str, Any], above: str = "") -> list[tu
     return rows
 
 
-def recipe_text(report: Report) -> str:
-    """Write the resolved recipe as YAML."""
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """Write a resolved recipe as YAML."""
     import yaml
 
-    plain = json.loads(json.dumps(report.recipe, default=str))  # paths and the like become text
+    plain = json.loads(json.dumps(recipe, default=str))  # paths and the like become text
     return write.clean(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)) if plain else ""
 
 
