@@ -21,7 +21,7 @@ from limbeck.plan import Observer, Plan
 from limbeck.recipe import Recipe
 from limbeck.remember import bytes_needed, fingerprint, free_bytes, shard_bytes
 from limbeck.run import Run, as_recipe
-from limbeck.tasks import TRAIN, is_regression, make_task
+from limbeck.tasks import TRAIN, is_regression, make_task, reads_texts
 from limbeck.teachers import Cached
 from limbeck.teaching import LiveTeacher, check_repeats, claim_for, is_kept, keep_teacher, wanted
 from limbeck.train import Examples
@@ -81,7 +81,7 @@ def build_cache(
     # Of each teacher its own folder: fine-tuning goes on where it is the same one, and else begins anew.
     store = TeacherStore(recipe, task)
     work = out / WORK / store.folder.name
-    run = Run(recipe.resolved(is_regression(task)), task, work, Observer(), several=True)
+    run = Run(recipe.resolved(is_regression(task), reads_texts(task)), task, work, Observer(), several=True)
     if run.ranks.is_main_process and observer is not None:
         run.observer = observer
     plan, result = run.teach(lambda tuned: _begin(run, out, store, tuned), retrain)

@@ -6,14 +6,18 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from limbeck.cli_cache import Interrupted, recipe_file
+from limbeck.cli_distill import Debug, Kept, Set, read_recipe
 from limbeck.report.candidates import Demands
 from limbeck.report.quantities import milliseconds_of, seconds_of, size_of
+
+if TYPE_CHECKING:
+    from limbeck.recipe import Recipe
 
 console = Console()
 
@@ -50,12 +54,14 @@ def search(
     student: Annotated[
         str | None, typer.Option(help="layers:1,3,5 or shrink:0.5 of the teacher, or a model.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for everything; by default runs/TASK-search.")] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: training.epochs=5.")
+    preset: Annotated[
+        str | None, typer.Option(help="fast, balanced or best: what is not said comes from it.")
     ] = None,
+    finetuned_cache: Kept = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for everything; by default runs/TASK-search.")] = None,
+    changes: Set = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Train the proof this often, and pool.")] = None,
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Search for the best student, or the smallest that keeps what is asked, and prove it."""
     chosen = {"name": task, "data": data, "text": text, "label": label}
@@ -63,6 +69,8 @@ def search(
         "task": {key: value for key, value in chosen.items() if value},
         "teacher": {} if teacher is None else {"model": teacher},
         "student": student or {},
+        "preset": preset,
+        "store": finetuned_cache,
     }
     if recipe is None and (task is None or teacher is None or student is None):
         raise ValueError("name a recipe, or --task, --teacher and --student; see: limbeck search --help")
@@ -75,6 +83,7 @@ def search(
     options = {
         "trials": trials,
         "time_limit": None if time_limit is None else seconds_of(time_limit),
+        "space": _space(recipe, space or [], changes or []),
         "demands": demands,
         "workers": workers,
         "storage": storage,
@@ -82,26 +91,24 @@ def search(
         "seed": seed,
         "proof": proof,
     }
-    _run(_content(recipe, parts, space or [], changes or [], seeds), out, options)
+    _run(read_recipe(recipe, changes, seeds, parts), out, options)
 
 
-def _content(
-    path: Path | None, parts: Mapping[str, Any], space: Sequence[str], changes: Sequence[str], seeds: int | None
-) -> dict[str, Any]:
-    """A recipe's content from a file, then the command's own options, then --set and --space."""
-    from limbeck.recipe import SEARCH, read_yaml, set_value, spelled_out
+def _space(path: Path | None, options: Sequence[str], changes: Sequence[str]) -> dict[str, Any] | None:
+    """The space from a recipe's file, then --set search.PATH, then --space; None where nothing says it."""
+    from limbeck.recipe import SEARCH, read_yaml, set_value
     from limbeck.search.space import flat
 
-    data = spelled_out(read_yaml(recipe_file(path, takes_folders=True))) if path is not None else {}
-    for key, part in parts.items():
-        data[key] = part if key == "student" and part else {**(data.get(key) or {}), **part}
-    data = spelled_out(data)
-    for change in [*([f"seeds={seeds}"] if seeds else []), *changes]:
-        set_value(data, change)
-    written = data.get(SEARCH)
-    if space:
-        data[SEARCH] = {**(dict(flat(written)) if isinstance(written, Mapping) else {}), **_options(space)}
-    return data
+    found = read_yaml(recipe_file(path)) if path is not None else {}
+    data = {SEARCH: found[SEARCH] or {}} if SEARCH in found else {}
+    if not isinstance(data.get(SEARCH, {}), dict):
+        raise ValueError(f"search is {data[SEARCH]!r}; write distributions by path, training.epochs: int(2, 6)")
+    for change in changes:
+        if change.startswith(f"{SEARCH}."):
+            set_value(data, change)
+    if not data and not options:
+        return None
+    return {**dict(flat(data.get(SEARCH, {}))), **_options(options)}
 
 
 def _options(space: Sequence[str]) -> dict[str, str]:
@@ -121,16 +128,16 @@ def _options(space: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _run(content: Mapping[str, Any], out: Path | None, options: Mapping[str, Any]) -> None:
+def _run(recipe: Recipe, out: Path | None, options: Mapping[str, Any]) -> None:
     from limbeck.progress import ConsoleObserver
     from limbeck.search import search as execute
     from limbeck.search.searching import folder_for
 
-    folder = folder_for(content, out)
+    folder = folder_for(recipe, out)
     command = shlex.join(["limbeck", *sys.argv[1:]])
     try:
         with ConsoleObserver(console) as observer:
-            found = execute(content, folder, observer=observer, command=command, **options)
+            found = execute(recipe, folder, observer=observer, command=command, **options)
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted; what was finished is kept in {folder}; the same command goes on from there"

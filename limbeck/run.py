@@ -27,7 +27,7 @@ from limbeck.remember import SIGNALS, Memory, recall
 from limbeck.report import Report, write_report
 from limbeck.stage import RESULT, Stage, StageResult
 from limbeck.summary import Summary
-from limbeck.tasks import HOLDOUT, TRAIN, VALIDATION, Loaded, Task, is_regression, make_task
+from limbeck.tasks import HOLDOUT, TRAIN, VALIDATION, Loaded, Task, is_regression, make_task, reads_texts
 from limbeck.teaching import KeptTeacher, LiveTeacher, is_kept, teacher_fingerprint
 from limbeck.terms import Term
 from limbeck.train import Examples, Settings, read_log
@@ -86,7 +86,7 @@ def distill(
     """
     recipe = as_recipe(recipe)
     task = make_task(recipe.task)
-    recipe = recipe.resolved(is_regression(task))
+    recipe = recipe.resolved(is_regression(task), reads_texts(task))
     folder = Path(out) if out is not None else default_folder(recipe)
     run = Run(recipe, task, folder, observer or Observer(), command)
     return run.execute(overwrite, retrain)
@@ -304,6 +304,8 @@ class Run:
                 f"the teacher {spec.model} is ready as it is, and --retrain is for one that is fine-tuned; leave "
                 "it out, or set teacher.finetune=always"
             )
+        if not ready:
+            store.check_room()
         return loaded, ready
 
     def student(self, seed: int | None = None) -> Loaded:

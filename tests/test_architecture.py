@@ -28,7 +28,7 @@ LAYERS = [
     "objective checks layerwise stages",
     "distiller witness standin",
     "train report alongside accompanied adapted",
-    "tasks evaluate",
+    "tasks evaluate presets",
     "recipe stage encodings",
     "models pairing plan keeping frame_model",
     "teaching",
@@ -37,6 +37,7 @@ LAYERS = [
     "progress testing building compat",
     "search",
     "cli_cache",
+    "cli_distill",
     "cli_search",
     "cli",
 ]

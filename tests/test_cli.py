@@ -260,7 +260,10 @@ def test_an_interruption_before_anything_was_begun(limbeck, place, tmp_path, mon
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    for place_of_work in ("limbeck.cli._run", "limbeck.run.distill"):  # --overwrite has deleted nothing yet
+    for place_of_work in (
+        "limbeck.cli_distill._run",
+        "limbeck.run.distill",
+    ):  # --overwrite has deleted nothing yet
         monkeypatch.setattr(place_of_work, interrupted)
         status, printed = limbeck(*main_job(place, tmp_path / "run"), "--overwrite")
         assert (status, printed.strip()) == (130, "error: interrupted; nothing was begun")
@@ -303,6 +306,7 @@ def test_report_command(limbeck, place, tmp_path):
 
 
 LISTED = {
+    "presets": "without a search",
     "losses": "forward_kl",
     "transforms": "standardize",
     "temperatures": "flsw",

@@ -19,7 +19,7 @@ TEACHERS = (ROOT / "docs" / "teachers.md").read_text()
 LOOPS = (ROOT / "docs" / "loops.md").read_text()
 STUDENTS = (ROOT / "docs" / "students.md").read_text()
 """Blocks of these three build on one another."""
-RECIPES = sorted((ROOT / "limbeck" / "recipes").glob("*.yaml"))
+RECIPES = sorted(p for p in (ROOT / "limbeck" / "recipes").glob("*.yaml") if not p.stem.startswith("preset-"))
 DATA = {"cifar10": ROOT.parent / "shared" / "data" / "cifar10"}
 """Data of the recipes that name none, where this machine has it."""
 

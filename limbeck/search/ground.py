@@ -25,7 +25,7 @@ from limbeck.run import MADE_BY, Run
 from limbeck.search.records import Speed
 from limbeck.search.space import Space, default_space, with_values
 from limbeck.stage import StageResult
-from limbeck.tasks import HOLDOUT, TRAIN, Task, is_regression, make_task
+from limbeck.tasks import HOLDOUT, TRAIN, Task, is_regression, make_task, reads_texts
 from limbeck.teachers import Cached
 from limbeck.teaching import LiveTeacher, is_kept, wanted
 
@@ -90,7 +90,7 @@ class Ground:
 
     def __init__(self, recipe: Recipe, folder: Path, observer: Observer) -> None:
         self.task: Task = make_task(recipe.task)
-        self.recipe = recipe.resolved(is_regression(self.task))
+        self.recipe = recipe.resolved(is_regression(self.task), reads_texts(self.task))
         self.folder, self.observer = folder, observer
         # Nothing predicts on other splits, so that what the final proof is judged by stays unseen.
         self.run = Run(self.recipe, self.task, folder, observer, judged=(HOLDOUT,))

@@ -19,6 +19,8 @@ from limbeck.students.spec import ShrinkSpec
 FIXED = {
     "task": "it says which data there are and what is held out to judge by, and all trials share that",
     "teacher": "all trials learn from one teacher, which is fine-tuned once",
+    "extra": "all trials learn from the same examples",
+    "preset": "it stands for a whole recipe; search the paths that it sets",
     "cache": "all trials share what the teacher said",
     "store": "it says where teachers are kept",
     "seeds": "it says how often the final proof is trained; --seeds sets it",

@@ -4,7 +4,18 @@ import importlib
 import inspect
 
 from limbeck.registry import nearest
-from limbeck.tasks.base import HOLDOUT, TASKS, TRAIN, VALIDATION, Loaded, Rows, Task, TaskOptions, is_regression
+from limbeck.tasks.base import (
+    HOLDOUT,
+    TASKS,
+    TRAIN,
+    VALIDATION,
+    Loaded,
+    Rows,
+    Task,
+    TaskOptions,
+    is_regression,
+    reads_texts,
+)
 
 __all__ = [
     "HOLDOUT",
@@ -18,6 +29,7 @@ __all__ = [
     "about_tasks",
     "is_regression",
     "make_task",
+    "reads_texts",
     "task_names",
 ]
 

@@ -151,6 +151,17 @@ def is_regression(task: Task) -> bool:
     return not task.labels
 
 
+def reads_texts(task: Task) -> bool:
+    """Whether the inputs of a task are texts or pairs of texts.
+
+    Example:
+        >>> from limbeck.tasks import make_task
+        >>> reads_texts(make_task(TaskOptions(name="digits")))
+        False
+    """
+    return isinstance(next(iter(task.splits[TRAIN].inputs), None), tuple)
+
+
 TASKS: Registry[Callable[..., Task]] = Registry("task")
 
 
