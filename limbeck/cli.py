@@ -142,16 +142,22 @@ def check(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="The folder of a finished run, or its report.json.")],
+    folder: Annotated[Path, typer.Argument(help="The folder of a finished run or a search, or its JSON file.")],
     debug: Debug = False,
 ) -> None:
-    """Print the report of a finished run, and write its HTML page and model card anew."""
-    from limbeck.report import Report, write_report
-    from limbeck.report.console import print_report
+    """Print the report of a finished run or a search, and write its HTML page (and model card) anew."""
+    from limbeck.report import Report, print_report, write_report
+    from limbeck.report.search import SearchReport, is_search, print_search, write_search
 
-    found = Report.load(folder)
-    print_report(found, console)
-    write_report(found, folder if folder.is_dir() else folder.parent)
+    place = folder if folder.is_dir() else folder.parent
+    if is_search(folder):
+        search = SearchReport.load(folder)
+        print_search(search, console)
+        write_search(search, place)
+    else:
+        found = Report.load(folder)
+        print_report(found, console)
+        write_report(found, place)
 
 
 def main() -> None:

@@ -79,7 +79,7 @@ class Demands:
 
     Example:
         >>> Demands(keep=0.97, max_size=20_000_000).in_words()
-        "97% of the teacher's score, at most 20 MB"
+        "at least 97% of the teacher's score and at most 20 MB"
         >>> Demands(keep=97)
         Traceback (most recent call last):
         ...
@@ -137,14 +137,14 @@ class Demands:
         """
         said = []
         if self.keep is not None:
-            said.append(f"{_limit(100 * self.keep)}% of the teacher's {score}")
+            said.append(f"at least {_limit(100 * self.keep)}% of the teacher's {score}")
         if self.speedup is not None:
-            said.append(f"{_limit(self.speedup)}x the teacher's speed")
+            said.append(f"at least {_limit(self.speedup)}x the teacher's speed")
         if self.max_size is not None:
             said.append(f"at most {size_beside(self.max_size)}")
         if self.latency_ms is not None:
             said.append(f"at most {_limit(self.latency_ms)} ms for one example")
-        return ", ".join(said)
+        return listed(said)
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def choose(
         able,
         key=lambda c: (max(miss.factor for miss in missed[c.number]), worse(c, higher_is_better), c.number),
     )
-    return Choice(None, nearest, _listed([miss.words for miss in missed[nearest.number]]), 0)
+    return Choice(None, nearest, listed([miss.words for miss in missed[nearest.number]]), 0)
 
 
 def shortfalls(
@@ -360,6 +360,16 @@ def size_beside(count: int, limit: int | None = None) -> str:
     return f"{number} {name}"
 
 
+def listed(words: Sequence[str]) -> str:
+    """Join words as a sentence does.
+
+    Example:
+        >>> listed(["one", "two", "three"])
+        'one, two and three'
+    """
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
 def _limit(value: float) -> str:
     """Write a number that was asked for, with no digit more than it has."""
     return f"{value:.6f}".rstrip("0").rstrip(".") if value >= 1e-6 else f"{value:g}"
@@ -383,8 +393,3 @@ def _smallest(meeting: Sequence[Candidate], higher_is_better: bool) -> Candidate
 
 def _best(meeting: Sequence[Candidate], higher_is_better: bool) -> Candidate:
     return min(meeting, key=lambda c: (worse(c, higher_is_better), c.size_bytes, c.latency_ms, c.number))
-
-
-def _listed(words: Sequence[str]) -> str:
-    """Join the ends of a sentence."""
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))

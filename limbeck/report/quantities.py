@@ -80,7 +80,7 @@ def _read(text: str, units: Mapping[str, float], what: str, example: str) -> flo
         raise _refused(text, units, what, example)
     value = float(match[1]) * by_name[match[2].lower()]
     if not 0 < value < math.inf:
-        raise ValueError(f"the {what} {text!r} has to be above 0, like {example}")
+        raise ValueError(f"the {what} {text!r} has to be above 0 and finite, like {example}")
     return value
 
 

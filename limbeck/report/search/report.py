@@ -19,6 +19,7 @@ from limbeck.report.candidates import (
     finished,
     front,
     kept,
+    listed,
     shortfalls,
 )
 from limbeck.report.format import Scale, scale_for, size
@@ -123,13 +124,34 @@ class SearchReport:
         return kept(candidate.score, self.teacher.score, self.higher_is_better)
 
     def verdict(self) -> str:
-        """The result in a few sentences: the choice on the held-out part, and what the proof says of it."""
-        chosen, nearest = self.choice.chosen, self.choice.nearest
-        if chosen is None and nearest is None:
-            states = ", ".join(f"{count} {state}" for state, count in self.counts.items()) or "none was begun"
-            return f"No student was found, for no trial was finished ({states})."
-        first = self._nearest(nearest) if chosen is None and nearest is not None else self._chosen(chosen)
-        return f"{first} {sentence_of_proof(self.proof, self.demands)}"
+        """The result in a few sentences: the choice, what it is worth, and what the proof says of it."""
+        return f"{self.headline()} {self.explanation()}".rstrip()
+
+    def headline(self) -> str:
+        """The result in one sentence: which student was chosen, or that none answers and what came nearest."""
+        chosen, nearest, count = self.choice.chosen, self.choice.nearest, len(finished(self.candidates))
+        asked = self.demands.in_words(self.metric)
+        if chosen is not None:
+            rank = "smallest" if self.demands.keep is not None else "best"
+            students = f"The {rank} of {count} finished student{'s' * (count != 1)}"
+            return f"{students}{f' with {asked}' if asked else ''} is #{chosen.number}."
+        if nearest is not None:
+            none = f"None of {count} finished students has" if count > 1 else "The one finished student lacks"
+            return f"{none} {asked}. Nearest is #{nearest.number}: it {self.choice.lacks}."
+        states = ", ".join(f"{count} {state}" for state, count in self.counts.items()) or "none was begun"
+        return f"No student was found, for no trial was finished ({states})."
+
+    def explanation(self) -> str:
+        """What stands behind the headline: the student's values, what it is worth, and the final proof."""
+        candidate = self.choice.candidate
+        if candidate is None:
+            return ""
+        missed = shortfalls(candidate, self.demands, self.teacher.score, self.higher_is_better)
+        merits = listed(self._merits(candidate, {miss.demand for miss in missed}))
+        values = values_in_words(candidate.values)
+        tried = f"#{candidate.number} has {values}. " if values else ""
+        worth = f"On the held-out examples it has {merits}. " if merits else ""
+        return f"{tried}{worth}{sentence_of_proof(self.proof, self.demands)}"
 
     def to_json(self) -> str:
         """Write the report as JSON, the source of every other form. What is no finite number becomes null."""
@@ -173,30 +195,6 @@ class SearchReport:
         except ValueError as error:
             raise ValueError(f"cannot read {file}: {error}") from None
 
-    def _chosen(self, chosen: Candidate | None) -> str:
-        assert chosen is not None
-        count = len(finished(self.candidates))
-        rank = "smallest" if self.demands.keep is not None else "best"
-        asked = f" with {self.demands.in_words(self.metric)}" if self.demands else ""
-        return (
-            f"The {rank} of {count} finished student{'s' * (count != 1)}{asked} is {self._name(chosen)}. On the "
-            f"held-out examples it has {', '.join(self._merits(chosen, set()))}."
-        )
-
-    def _nearest(self, nearest: Candidate) -> str:
-        count = len(finished(self.candidates))
-        opening = f"None of {count} finished students has" if count > 1 else "The one finished student lacks"
-        missed = {m.demand for m in shortfalls(nearest, self.demands, self.teacher.score, self.higher_is_better)}
-        merits = ", ".join(self._merits(nearest, missed))
-        return (
-            f"{opening} {self.demands.in_words(self.metric)}. Nearest is {self._name(nearest)}: on the held-out "
-            f"examples it {self.choice.lacks}{f' ({merits})' if merits else ''}."
-        )
-
-    def _name(self, candidate: Candidate) -> str:
-        values = values_in_words(candidate.values)
-        return f"#{candidate.number}{f' ({values})' if values else ''}"
-
     def _merits(self, candidate: Candidate, without: set[str]) -> list[str]:
         """What a candidate is worth, but for the demands that it misses, which are told already."""
         share = self.kept(candidate)
@@ -216,7 +214,7 @@ def example() -> SearchReport:
 
     Example:
         >>> example().verdict()
-        "The smallest of 2 finished students with 94% of the teacher's accuracy is #1 (epochs 2). On the held..."
+        "The smallest of 2 finished students with at least 94% of the teacher's accuracy is #1. #1 has epochs 2..."
     """
     from limbeck.report.candidates import choose
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from limbeck.report.format import one_line, shorten
 
-MOST_VALUES, LONGEST = 5, 28
+MOST_VALUES, LONGEST = 6, 28
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
@@ -39,8 +39,12 @@ def value_text(value: Any) -> str:
     return one_line(value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False))
 
 
-def values_in_words(values: Mapping[str, Any]) -> str:
+def values_in_words(values: Mapping[str, Any], most: int = MOST_VALUES) -> str:
     """Write what a trial tried on one line, the first few values.
+
+    Args:
+        values: Values by dotted path.
+        most: How many are written; of the others there is the number.
 
     Example:
         >>> values_in_words({"student.layers": [1, 3, 5], "terms.kd.temperature": 4.21})
@@ -48,5 +52,5 @@ def values_in_words(values: Mapping[str, Any]) -> str:
     """
     names = short_names(values)
     texts = [f"{shorten(names[path], LONGEST)} {shorten(value_text(v), LONGEST)}" for path, v in values.items()]
-    more = len(texts) - MOST_VALUES
-    return ", ".join(texts[:MOST_VALUES]) + (f" and {more} more" if more > 0 else "")
+    more = len(texts) - most
+    return ", ".join(texts[:most]) + (f" and {more} more" if more > 0 else "")
