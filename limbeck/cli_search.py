@@ -130,6 +130,7 @@ def _options(space: Sequence[str]) -> dict[str, str]:
 
 def _run(recipe: Recipe, out: Path | None, options: Mapping[str, Any]) -> None:
     from limbeck.progress import ConsoleObserver
+    from limbeck.report.search import print_search
     from limbeck.search import search as execute
     from limbeck.search.searching import folder_for
 
@@ -142,7 +143,7 @@ def _run(recipe: Recipe, out: Path | None, options: Mapping[str, Any]) -> None:
         raise Interrupted(
             f"interrupted; what was finished is kept in {folder}; the same command goes on from there"
         ) from None
-    console.print(found.verdict(), highlight=False)
+    print_search(found, console)
     console.print(f"\nReport: {folder / 'search.html'}", soft_wrap=True)
     if found.choice.chosen is None:
         raise ValueError(

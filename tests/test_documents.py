@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import limbeck
 from limbeck.cli import app
 from limbeck.recipe import Places, Recipe
+from limbeck.search import Space
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -18,6 +19,7 @@ OBJECTIVES = (ROOT / "docs" / "objectives.md").read_text()
 TEACHERS = (ROOT / "docs" / "teachers.md").read_text()
 LOOPS = (ROOT / "docs" / "loops.md").read_text()
 STUDENTS = (ROOT / "docs" / "students.md").read_text()
+SEARCH = (ROOT / "docs" / "search.md").read_text()
 """Blocks of these three build on one another."""
 RECIPES = sorted(p for p in (ROOT / "limbeck" / "recipes").glob("*.yaml") if not p.stem.startswith("preset-"))
 DATA = {"cifar10": ROOT.parent / "shared" / "data" / "cifar10"}
@@ -38,6 +40,7 @@ def blocks(language, text=README):
     [
         *(*blocks("python"), *blocks("python", OBJECTIVES)),
         *("".join(blocks("python", t)) for t in (TEACHERS, LOOPS, STUDENTS)),
+        *blocks("python", SEARCH),
     ],
 )
 def test_python_blocks_run(code, tmp_path, monkeypatch):
@@ -69,6 +72,14 @@ def test_terms_of_the_document_are_terms(text):
 def test_students_of_the_document_are_students(text):
     recipe = {"task": {"name": "glue/rte"}, "teacher": {"model": "x"}, **yaml.safe_load(text)}
     assert Recipe.parse(recipe).student.shrink.hidden_size == 256
+
+
+@pytest.mark.parametrize("text", blocks("yaml", SEARCH))
+def test_spaces_of_the_document_are_spaces(text):
+    content = yaml.safe_load(text)
+    space = Space.parse(content["search"])
+    space.check(Recipe.parse(content).resolved(regression=False))
+    assert space.combinations is None
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))

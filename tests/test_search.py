@@ -12,7 +12,7 @@ import yaml
 from limbeck.plan import Observer
 from limbeck.recipe import Recipe
 from limbeck.report import Report
-from limbeck.report.candidates import COMPLETE, Demands
+from limbeck.report.candidates import COMPLETE
 from limbeck.report.search.report import SearchReport
 from limbeck.search import search
 from tests import tiny
@@ -46,7 +46,7 @@ def test_from_a_recipe_to_a_proven_student(command, tmp_path):
     words = ["search", place / "recipe.yaml", "--trials", "2", "--keep", "0.01", "--seeds", "2", "--out", out]
     status, printed = command(*words)
     assert status == 0, printed
-    assert "trial 1 of 2 complete" in printed
+    assert "trial #1 complete" in printed
     report = SearchReport.load(out)
     assert [c.state for c in report.candidates] == [COMPLETE] * 2
     assert report.proof == Report.load(out / "best")
@@ -64,12 +64,12 @@ def test_from_a_recipe_to_a_proven_student(command, tmp_path):
     before = (out / "best" / "report.json").stat().st_mtime_ns
     status, printed = command(*words)
     assert status == 0, printed
-    assert "trial 1" not in printed  # nothing was left to do
+    assert "trial #" not in printed  # nothing was left to do
     assert (out / "best" / "report.json").stat().st_mtime_ns == before
 
     status, printed = command(*words[:4], "--speedup", "1000", "--out", out)
     assert status == 2
-    assert printed.strip().splitlines()[-1].startswith("error: no student has 1000x the teacher's speed; all that")
+    assert printed.strip().splitlines()[-1].startswith("error: no student has at least 1000x the teacher's speed")
     assert SearchReport.load(out).choice.nearest is not None
     assert SearchReport.load(out).proof is None
 
@@ -79,19 +79,17 @@ def test_from_a_recipe_to_a_proven_student(command, tmp_path):
 
 
 def test_a_killed_search_goes_on_with_the_trial_at_hand(tmp_path):
-    script = ROOT / "tests" / "searched.py"
     killed = subprocess.run(
         [sys.executable, "-m", "tests.searched", str(tmp_path)], cwd=ROOT, capture_output=True, check=False
     )
-    assert script.is_file()
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     observer = Notes()
     resumed = search(digits(tmp_path), tmp_path / "killed", trials=3, proof=False, observer=observer)
     whole = search(digits(tmp_path), tmp_path / "whole", trials=3, proof=False)
     assert values_of(resumed) == values_of(whole)
     assert [note.split(",")[0] for note in observer.notes if note.startswith("trial")] == [
-        "trial 1 of 3 complete",
-        "trial 2 of 3 complete",
+        "trial #1 complete",
+        "trial #2 complete",
     ]
     folder = next(p for p in (tmp_path / "killed" / "trials").iterdir() if (p / "log.jsonl").is_file())
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -109,26 +107,23 @@ def test_a_worker_that_dies_is_told_of_and_its_trial_is_taken_up(tmp_path):
 
 def test_a_limit_shorter_than_a_trial_keeps_what_was_done(tmp_path):
     recipe = digits(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"the time limit of 0.001 s ended before the first trial began; what was"
-    ):
+    with pytest.raises(ValueError, match=r"the time limit of 0.001 s ended before the first trial began"):
         search(recipe, tmp_path / "s", time_limit=0.001)
     assert len(search(recipe, tmp_path / "s", trials=1, proof=False).candidates) == 1
 
 
 def test_where_all_trials_fail_it_says_why(tmp_path):
     space = {"training.learning_rate": "uniform(1e30, 2e30)"}
-    with pytest.raises(ValueError, match="all 2 trials failed; the first one: .*lower the learning rate"):
+    with pytest.raises(ValueError, match=r"all 2 trials failed; the first one: .*lower the learning rate"):
         search(digits(tmp_path, search=space), tmp_path / "s", trials=2)
 
 
 def test_other_demands_put_the_earlier_proof_aside(tmp_path):
     space = {"student.options.widths": "choice([4, 8], [8, 16])"}
     recipe = digits(tmp_path, search=space)
-    large = search(recipe, tmp_path / "s", trials=2, demands=Demands(keep=1e-9))
-    assert large.proof.student.size_bytes == min(c.size_bytes for c in large.candidates)
+    search(recipe, tmp_path / "s", trials=2)
     (tmp_path / "s" / "best" / "made-by.json").write_text('{"recipe": "another"}')
-    search(recipe, tmp_path / "s", trials=2, demands=Demands(keep=1e-9))
+    search(recipe, tmp_path / "s", trials=2)
     assert sorted(p.name for p in (tmp_path / "s").glob("best*")) == ["best", "best-1", "best.lock"]
 
 

@@ -21,7 +21,7 @@ from limbeck.plan import Observer
 from limbeck.recipe import SEARCH, Recipe, read_yaml
 from limbeck.report import Report
 from limbeck.report.candidates import COMPLETE, FAILED, RUNNING, Candidate, Choice, Demands, choose
-from limbeck.report.search.report import SearchReport, TeacherResult
+from limbeck.report.search import SearchReport, TeacherResult, write_search
 from limbeck.run import MADE_BY, RECIPE, default_folder, distill
 from limbeck.search.ground import Ground, architecture, for_search
 from limbeck.search.space import Space, with_values
@@ -204,7 +204,9 @@ class Search:
         choice = choose(candidates, wishes.demands, ground.teacher.score, ground.metric.higher_is_better)
         seconds = time.time() - self.began
         proof = self._prove(choice) if wishes.proof and choice.chosen is not None else None
-        return self._report(candidates, choice, proof, seconds, ended)
+        report = self._report(candidates, choice, proof, seconds, ended)
+        write_search(report, self.folder)
+        return report
 
     def _prepare(self) -> None:
         """Make the ground, one process after another, and open the study."""
@@ -274,7 +276,8 @@ class Search:
         score = "" if candidate.score is None else f", {self.ground.metric.name} {candidate.score:.4g}"
         cost = f", {candidate.speedup:.3g}x" if candidate.latency_ms else ""
         note = f": {candidate.note}" if candidate.note else ""
-        return f"trial {candidate.number} of {self.wishes.trials} {candidate.state}{score}{cost}{note}"
+        done = f" ({len(self.told)} of {self.wishes.trials})"
+        return f"trial #{candidate.number} {candidate.state}{score}{cost}{done}{note}"
 
     def _check_outcome(self, candidates: list[Candidate], ended: str) -> None:
         """Refuse to go on where there is nothing to choose from, or others still work.
