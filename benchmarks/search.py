@@ -1,9 +1,9 @@
 """What a search of many trials costs, beside as many independent runs of `limbeck distill` of the same values.
 
 The search is timed whole: teacher, signals, trials, and the final proof with its baseline. Then some of the values
-that it tried are distilled by runs of their own, which share nothing with it. Their mean time, times the number of
-trials, is what independent runs cost: once with a teacher that each of them fine-tunes, and once with one that lies
-in the store already.
+that it tried are distilled by runs of their own, which share nothing with it. Their mean time, times the number
+of trials, is what independent runs cost: once with a teacher that each of them fine-tunes, and once with one that
+lies in the store already.
 
     python benchmarks/search.py --recipe RECIPE.yaml [--set task.data=DIR] [--trials 20] [--runs 4]
 """
@@ -27,7 +27,10 @@ from limbeck.tasks import is_regression, make_task
 
 
 class Notes(Observer):
+    """Prints what a search tells."""
+
     def on_note(self, text):
+        """A line."""
         print(f"  {text}", flush=True)
 
 

@@ -111,13 +111,19 @@ def _work(job: Job, stop: Event, troubles: SimpleQueue[str]) -> None:
     from limbeck.search.study import Study
     from limbeck.search.trial import Clock, Trials
 
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def told() -> bool:
+        return stop.is_set() or not parent.is_alive()
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells all of Ctrl-C, and the first process decides
     torch.set_num_threads(job.threads)
     try:
         ground = Ground(Recipe.parse(job.recipe), Path(job.folder), Observer())
         ground.join()
         study = Study(Path(job.folder), Space.parse(job.space), **job.study)
-        Trials(ground, study, job.demands, Clock(job.until, stop.is_set), Observer()).execute(job.trials)
+        Trials(ground, study, job.demands, Clock(job.until, told), Observer()).execute(job.trials)
     except KeyboardInterrupt:
         return
     except Exception as error:
