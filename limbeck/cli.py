@@ -140,16 +140,23 @@ def check(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="The folder of a finished run, or its report.json.")],
+    folder: Annotated[Path, typer.Argument(help="The folder of a finished run or suite, or its JSON file.")],
     debug: Debug = False,
 ) -> None:
-    """Print the report of a finished run, and write its HTML page and model card anew."""
+    """Print the report of a finished run or suite, and write its HTML page and README anew."""
     from limbeck.report import Report, write_report
     from limbeck.report.console import print_report
+    from limbeck.report.suite import SuiteReport, is_suite_folder, print_suite, write_suite
 
+    place = folder if folder.is_dir() else folder.parent
+    if is_suite_folder(folder):
+        suite = SuiteReport.load(folder)
+        print_suite(suite, console)
+        write_suite(suite, place)
+        return
     found = Report.load(folder)
     print_report(found, console)
-    write_report(found, folder if folder.is_dir() else folder.parent)
+    write_report(found, place)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from limbeck.atomic import write_text
+from limbeck.atomic import write_tensors, write_text
 from limbeck.distiller import Distiller, read_of_teacher
 from limbeck.encodings import Encoded, encode_for
 from limbeck.evaluate import count_parameters
@@ -33,13 +33,12 @@ from limbeck.train.data import ExampleBatches
 from limbeck.types import Batch
 
 RECIPE, LOG, MADE_BY, REPORT = "recipe.yaml", "log.jsonl", "made-by.json", "report.json"
+RESAMPLES = "resamples.safetensors"  # the main metric in every resample, which the intervals come from
 MATCHED_EXAMPLES = 256
 """Training examples from which pairs of layers are found."""
 
-OWN = (RECIPE, LOG, MADE_BY, REPORT, "report.html", "README.md", "student", "checkpoints", SIGNALS)
+OWN = (RECIPE, LOG, MADE_BY, REPORT, RESAMPLES, "report.html", "README.md", "student", "checkpoints", SIGNALS)
 """All that a run writes into its folder, and all that overwriting deletes of it."""
-
-THROUGHPUT_BATCH = 32
 
 
 def distill(
@@ -100,6 +99,16 @@ def as_recipe(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
 def default_folder(recipe: Recipe) -> Path:
     """Where a run goes that names no folder."""
     return Path("runs") / recipe.task.name.replace("/", "-").replace(":", "-")
+
+
+def delete_run(folder: Path) -> None:
+    """Delete of a folder what a run writes, and nothing else."""
+    for name in OWN:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 class Run:
@@ -163,8 +172,8 @@ class Run:
 
         self.observer.on_stage("evaluation")
         summary = Summary(recipe, self.task, self.data, self.device, self.teacher.about(self.task))
-        log = read_log(self.folder / LOG)
-        report = summary.report(models, results, plan.terms, log, self.command)
+        report, resamples = summary.report(models, results, plan.terms, read_log(self.folder / LOG), self.command)
+        write_tensors(self.folder / RESAMPLES, {name: torch.from_numpy(each) for name, each in resamples.items()})
         save_model(models["student"].cpu(), self.processor, self.folder / "student")
         write_report(report, self.folder)
         self.memory.end()
@@ -256,12 +265,7 @@ class Run:
     def open_folder(self, overwrite: bool) -> None:
         """Make the folder; with `overwrite`, delete of it what a run writes, and nothing else."""
         if overwrite:
-            for name in OWN:
-                path = self.folder / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+            delete_run(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / RECIPE, self.recipe.to_yaml())
         write_text(self.folder / MADE_BY, json.dumps(self.made_by, indent=2))

@@ -15,7 +15,15 @@ from torch import nn
 
 import limbeck
 from limbeck.encodings import Encoded
-from limbeck.evaluate import Bootstrap, compare, count_parameters, measure_speed, size_in_bytes
+from limbeck.evaluate import (
+    Bootstrap,
+    compare,
+    count_parameters,
+    quartiles,
+    size_in_bytes,
+    speedups,
+    time_in_turns,
+)
 from limbeck.metrics import Array, get_metric
 from limbeck.objective import PlannedTerm
 from limbeck.recipe import Recipe
@@ -58,8 +66,8 @@ class Summary:
         plan: Sequence[PlannedTerm],
         log: list[dict[str, Any]],
         command: str,
-    ) -> Report:
-        """Make the report.
+    ) -> tuple[Report, dict[str, Array]]:
+        """Make the report, and give the resamples that its intervals come from.
 
         Args:
             models: Teacher and baseline (if they are here) and student of the first seed, by role.
@@ -67,19 +75,24 @@ class Summary:
             plan: The preflight's terms.
             log: The run's log.
             command: What to type to repeat the run.
+
+        Returns:
+            The report; and by role the main metric on the data as it is and in each resample, (R + 1,), beside
+            them as ``"speedup"`` that of the student where it was timed.
         """
         metric = get_metric(self.task.metrics[0])
         labels = np.asarray(self.task.splits[VALIDATION].labels)
         bootstrap = Bootstrap(labels, metric, self.recipe.seeds)
         logits = {role: [r.logits[VALIDATION] for r in results[role]] for role in results}
         scores = {role: bootstrap.scores(each) for role, each in logits.items()}
-        speed = self.speed(models)
+        times, speed = self.speed(models)
+        resamples = {**scores, **_speedup(times)}
         first = self.recipe.training.seed
         columns = {
             role: self.column(role, models.get(role), results[role], scores[role], speed.get(role))
             for role in results
         }
-        return Report(
+        report = Report(
             task=self.task.name,
             metric=metric.name,
             higher_is_better=metric.higher_is_better,
@@ -98,7 +111,9 @@ class Summary:
             regression=is_regression(self.task),
             throughput_batch=self.throughput_batch(),
             student_class=type(models["student"]).__name__,
+            latency_ratio=Bootstrap.interval(resamples["speedup"]) if "speedup" in resamples else None,
         )
+        return report, resamples
 
     def column(
         self,
@@ -138,18 +153,25 @@ class Summary:
                 found[name + suffix] = mean(metric(r.logits[split], labels) for r in results)
         return found
 
-    def speed(self, models: Mapping[str, nn.Module]) -> dict[str, tuple[Interval, Interval]]:
-        """Seconds for one example and for a batch, by role; the models take turns."""
+    def speed(
+        self, models: Mapping[str, nn.Module]
+    ) -> tuple[dict[str, Array], dict[str, tuple[Interval, Interval]]]:
+        """Seconds for one example by role and turn; and by role for one example and for a batch, summed up."""
         data = {role: self.data.by_role(role)[VALIDATION] for role in models}
         for model in models.values():
             model.to(self.device)
-        one = measure_speed(models, data, batch_size=1, repeats=60)
-        many = measure_speed(models, data, batch_size=self.throughput_batch(), repeats=15)
-        return {role: (one[role], many[role]) for role in models}
+        one = time_in_turns(models, data, batch_size=1, repeats=60)
+        many = time_in_turns(models, data, batch_size=self.throughput_batch(), repeats=15)
+        return one, {role: (quartiles(one[role]), quartiles(many[role])) for role in models}
 
     def throughput_batch(self) -> int:
         """The batch size that throughput is measured at."""
         return min(THROUGHPUT_BATCH, len(self.data.student[VALIDATION]))
+
+
+def _speedup(times: Mapping[str, Array]) -> dict[str, Array]:
+    """The student's speed-up over the teacher, where both were timed."""
+    return {"speedup": speedups(times["teacher"], times["student"])} if "teacher" in times else {}
 
 
 def mean(values: Iterable[float]) -> float:

@@ -34,6 +34,7 @@ LAYERS = [
     "teaching",
     "summary remember",
     "run",
+    "suite",
     "progress testing building compat",
     "cli_cache",
     "cli_distill",
@@ -140,7 +141,7 @@ def test_public_names():
 
 def public_functions():
     """What the package and its parts export, but for plain values."""
-    for part in ("", ".losses", ".report", ".students", ".tasks", ".teachers", ".train"):
+    for part in ("", ".losses", ".report", ".report.suite", ".students", ".tasks", ".teachers", ".train"):
         module = importlib.import_module(f"limbeck{part}")
         for name in module.__all__:
             thing = getattr(module, name)

@@ -152,6 +152,8 @@ class Report:
         regression: Whether the task predicts a number; agreement is a correlation then.
         throughput_batch: Batch size at which throughput was measured.
         student_class: Class of the student, ``BertForSequenceClassification``.
+        latency_ratio: The teacher's median time for one example over the student's, with its 95 % interval over
+            the timed turns; None where one was not timed, or in reports of earlier versions.
 
     Example:
         >>> report = example()
@@ -179,6 +181,7 @@ class Report:
     regression: bool = False
     throughput_batch: int = 32
     student_class: str = ""
+    latency_ratio: Interval | None = None
 
     @property
     def models(self) -> list[ModelResult]:
@@ -251,6 +254,7 @@ class Report:
         for role in ("teacher", "baseline", "student"):
             data[role] = data[role] and _model(data[role])
         data["curves"] = [Curve(**c) for c in data["curves"]]
+        data["latency_ratio"] = interval_of(data.get("latency_ratio"))
         return cls(**data)
 
     @classmethod
@@ -285,12 +289,18 @@ def _value(interval: Interval | None) -> float:
     return interval.value
 
 
-def _interval(data: Mapping[str, float] | None) -> Interval | None:
+def interval_of(data: Mapping[str, float] | None) -> Interval | None:
+    """An interval as JSON has it.
+
+    Example:
+        >>> interval_of({"value": 0.5, "low": 0.25, "high": 0.75}).low
+        0.25
+    """
     return None if data is None else Interval(**data)
 
 
 def _with_intervals(data: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {key: _interval(value) if key in names else value for key, value in data.items()}
+    return {key: interval_of(value) if key in names else value for key, value in data.items()}
 
 
 def _model(data: Mapping[str, Any]) -> ModelResult:
