@@ -106,7 +106,7 @@ def test_a_finished_suite_is_loaded_and_an_unfinished_task_goes_on(command, plac
     status, printed = command(*words(place, copied, "--note", "glue/rte=a remark"))
     assert status == 0, printed
     assert "ready" in printed  # of the one that went on
-    assert "(1) rte: a remark" in printed
+    assert "* rte: a remark" in printed
     after = json.loads((copied / "suite.json").read_text())["rows"]
     assert [row["student"] for row in after] == [row["student"] for row in before]
     assert logs == {name: (copied / name / "log.jsonl").stat().st_mtime_ns for name in TASKS}
@@ -345,10 +345,11 @@ def hostile():
 def test_the_table_fits_80_columns():
     text = shown(example())
     assert max(len(line) for line in text.splitlines() if "qnli:" not in line) <= 80
-    assert re.search(r"^qnli \(1\) +90\.0 +85\.0 +88\.0 +0\.60 +2\.00×", text, flags=re.MULTILINE)
+    assert re.search(r"^qnli\* +90\.0 +85\.0 +88\.0 +0\.60 +2\.00×", text, flags=re.MULTILINE)
     assert re.search(r"^rte +90\.0 +85\.0 +88\.0 +no gap", text, flags=re.MULTILINE)
-    assert "(1) qnli: seen before" in text
-    assert "mean of 1 of 2 ratios" in text
+    assert "* qnli: seen before" in text
+    assert "* average: mean of 1 of 2 ratios" in text
+    assert text.count("[89.0, 91.0]") == 3
 
 
 def test_card_and_page_have_the_numbers():

@@ -161,8 +161,9 @@ def print_suite(report: SuiteReport, console: Console) -> None:
     console.print()
     lines = suite_lines(report)
     console.print(_console_table(lines))
-    for number, line in _numbered(lines):
-        console.print(Text(f"({number}) {line.name}: {line.note}", style="dim"), soft_wrap=True)
+    for line in lines:
+        if line.note:
+            console.print(Text(f"* {line.name}: {line.note}", style="dim"), soft_wrap=True)
     for remark in report.remarks:
         console.print(Text(one_line(remark), style="dim"), soft_wrap=True)
     console.print()
@@ -172,23 +173,18 @@ def print_suite(report: SuiteReport, console: Console) -> None:
     console.print(facts)
 
 
-def _numbered(lines: list[Line]) -> list[tuple[int, Line]]:
-    return list(enumerate((line for line in lines if line.note), start=1))
-
-
 def _console_table(lines: list[Line]) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
-    table.add_column("", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("", no_wrap=True)
     for column in COLUMNS:
-        table.add_column(SHORT.get(column, column), justify="right")
-    numbers = {line.name: f" ({number})" for number, line in _numbered(lines)}
+        table.add_column(SHORT.get(column, column), justify="right", no_wrap=True)
     for line in lines:
         texts = [Text.assemble(c.value, *([(f"\n{c.detail}", "dim")] if c.detail else [])) for c in line.cells]
-        name = Text(line.name + numbers.get(line.name, ""), style="bold" if line.average else "")
+        name = Text(f"{line.name}{'*' if line.note else ''}", style="bold" if line.average else "")
         table.add_row(name, *texts)
     return table
 
