@@ -31,7 +31,7 @@ LAYERS = [
     "tasks evaluate",
     "recipe stage encodings",
     "models pairing plan keeping frame_model",
-    "teaching",
+    "teaching enlarging",
     "summary remember",
     "run",
     "progress testing building compat",

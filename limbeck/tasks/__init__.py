@@ -4,9 +4,21 @@ import importlib
 import inspect
 
 from limbeck.registry import nearest
-from limbeck.tasks.base import HOLDOUT, TASKS, TRAIN, VALIDATION, Loaded, Rows, Task, TaskOptions, is_regression
+from limbeck.tasks.base import (
+    EXTRA,
+    HOLDOUT,
+    TASKS,
+    TRAIN,
+    VALIDATION,
+    Loaded,
+    Rows,
+    Task,
+    TaskOptions,
+    is_regression,
+)
 
 __all__ = [
+    "EXTRA",
     "HOLDOUT",
     "TASKS",
     "TRAIN",

@@ -19,6 +19,8 @@ from limbeck.train import Examples
 TRAIN = "train"
 VALIDATION = "validation"
 HOLDOUT = "holdout"
+EXTRA = "extra"
+"""The split of examples without labels that the student alone is trained on; see `limbeck.tasks.extra`."""
 
 MOST_TEXTS = 2
 """Texts that one example may consist of; tokenizers join a pair, and no more."""
