@@ -15,15 +15,22 @@ from limbeck.cache.folder import TEACHER
 from limbeck.models import STORE, fingerprint, load_model
 from limbeck.recipe import Recipe
 from limbeck.tasks import Task, is_regression
-from limbeck.tasks.extra import MASKED_LM, CandidatesOf, Extra, ExtraSpec, check_texts, make_extra, unlabelled
+from limbeck.tasks.extra import (
+    MASKED_LM,
+    REPLACE,
+    CandidatesOf,
+    Extra,
+    ExtraSpec,
+    check_texts,
+    make_extra,
+    unlabelled,
+)
 from limbeck.train import Examples, Settings
 from limbeck.train.data import ExampleBatches
 
 FORMAT = 1
 KEPT = "extra.json"
 """The file beside a cache that holds the texts which its teacher was asked about."""
-
-REPLACE = "replace"
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,8 @@ class Wanted:
             ValueError: a file of unlabelled text that is not there.
         """
         spec = self.spec.model_dump(mode="json", exclude={"compare", "data"})
-        own = {} if self.spec.masked_lm is None else {"masked words": fingerprint(self.spec.masked_lm)}
+        own = {name: fingerprint(name) for name in self.spec.augment if ":" in name}
+        own |= {} if self.spec.masked_lm is None else {"masked words": fingerprint(self.spec.masked_lm)}
         return {
             "format": FORMAT,
             "extra": spec,
@@ -72,11 +80,12 @@ class Wanted:
             **own,
         }
 
-    def make(self, cache: Path | None = None) -> Extra:
+    def make(self, cache: Path | None = None, tell: Callable[[str], None] = lambda text: None) -> Extra:
         """Make them, or load them where they were made before.
 
         Args:
             cache: The folder that stands for a teacher which is not here.
+            tell: Called with a word on what takes long.
 
         Raises:
             ValueError: see `limbeck.tasks.extra.make_extra`; an embedding is needed that is not here.
@@ -95,6 +104,8 @@ class Wanted:
         file = Path(self.recipe.store or STORE).expanduser() / "extra" / f"{key[:20]}.json"
         found = self._read(file)
         if found is None:
+            if MASKED_LM in self.spec.augment:
+                tell(f"{self.spec.masked_lm} fills words in, each masked by itself; that is done once")
             found = make_extra(self.spec, self.task, self.recipe.task, self._candidates(), self._mask())
             self._write(found, file)
         return found

@@ -237,7 +237,7 @@ class Run:
         if wanted is None:
             return None
         with self.ranks.main_process_first():
-            return wanted.make(teacher.folder if isinstance(teacher, KeptTeacher) else None)
+            return wanted.make(teacher.folder if isinstance(teacher, KeptTeacher) else None, self.observer.on_note)
 
     def _show(self, plan: Plan) -> None:
         self.observer.on_plan(plan)

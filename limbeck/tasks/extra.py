@@ -6,7 +6,6 @@ What comes out is a function of the data, of what a recipe says, and of its seed
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,8 +30,7 @@ UNLABELLED = "unlabelled"
 EVALUATED, KNOWN = "in the evaluation data", "there already"
 """Why an example is left out."""
 
-MASKED_LM, MASK, CANDIDATES = "masked_lm", "mask", "candidates"
-SUPPLIED = (CANDIDATES,)
+REPLACE, MASKED_LM, MASK, CANDIDATES = "replace", "masked_lm", "mask", "candidates"
 TEXT = ".txt"
 TRIES = 4
 """How often a copy is drawn that comes out like one that is there."""
@@ -100,7 +98,7 @@ class ExtraSpec(Strict):
             function = AUGMENTATIONS.get(name)
             given = {CANDIDATES: [()]} if self.draws_from_candidates(name) else {}
             try:
-                check_options(function, options, SUPPLIED, f"augment: {name}")
+                check_options(function, options, given, f"augment: {name}")
                 function(["word"], np.random.default_rng(0), **given, **options)
             except (TypeError, ValueError) as error:
                 where = "" if str(error).startswith("augment") else f"augment: {name}: "
@@ -110,7 +108,7 @@ class ExtraSpec(Strict):
     @staticmethod
     def draws_from_candidates(name: str) -> bool:
         """Whether an augmentation asks what may stand in the place of each word."""
-        return CANDIDATES in inspect.signature(AUGMENTATIONS.get(name)).parameters
+        return name in (REPLACE, MASKED_LM)
 
     def files(self) -> list[Path]:
         """The files of unlabelled text; of a folder those with a known ending, by name.
