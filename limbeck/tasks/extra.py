@@ -205,8 +205,8 @@ def make_extra(
         >>> from limbeck.tasks import make_task
         >>> docstrings = TaskOptions(name="docstrings", train_examples=8, eval_examples=4)
         >>> made = make_extra(ExtraSpec(augment="delete"), make_task(docstrings), docstrings, {})
-        >>> made.origins, made.rows.labels[0]
-        ({'delete': 8}, -100)
+        >>> list(made.origins), 0 < len(made.rows) <= 8, made.rows.labels[0]
+        (['delete'], True, -100)
     """
     width = check_texts(task)
     kept = _Kept(task)

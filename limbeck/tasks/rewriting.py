@@ -34,8 +34,8 @@ def whole_words(tokenizer: Any) -> dict[str, int]:
 
     Example:
         >>> from limbeck.tasks.builtin import train_tokenizer
-        >>> sorted(whole_words(train_tokenizer(["a warm room", "a warm hall"], vocabulary=60)))[:3]
-        ['a', 'h', 'hall']
+        >>> {"warm", "room"} <= set(whole_words(train_tokenizer(["a warm room", "a warm hall"], vocabulary=60)))
+        True
     """
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])  # which comes in any order
     texts = (tokenizer.convert_tokens_to_string([token]).strip() for token, _ in vocabulary)
