@@ -7,6 +7,7 @@ import datetime
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from limbeck.atomic import write_text
 from limbeck.evaluate import Bootstrap, distillation_ratio
 from limbeck.metrics import Array
+from limbeck.models import TeacherStore
 from limbeck.plan import Observer
 from limbeck.recipe import Recipe
 from limbeck.registry import nearest
@@ -248,10 +250,12 @@ def check_task(recipe: Recipe, folder: Path, overwrite: bool = False, retrain: b
         few = task
     else:
         few = dataclasses.replace(task, splits={name: rows.subset(FEW) for name, rows in task.splits.items()})
-    try:
-        Run(resolved, few, folder, Observer()).teach(_stop)
-    except _Checked:
-        return
+    TeacherStore(resolved, task)  # refuses a place where nothing can be kept
+    with TemporaryDirectory() as place:  # what is made for few examples is of no use later
+        try:
+            Run(resolved.model_copy(update={"store": place}), few, folder, Observer()).teach(_stop)
+        except _Checked:
+            return
 
 
 def _stop(tuned: bool) -> NoReturn:

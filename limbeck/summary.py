@@ -28,14 +28,17 @@ from limbeck.metrics import Array, get_metric
 from limbeck.objective import PlannedTerm
 from limbeck.recipe import Recipe
 from limbeck.report import Report
-from limbeck.report.report import Curve, Interval, ModelResult
+from limbeck.report.report import Curve, ExtraData, Interval, ModelResult
 from limbeck.schedules import Scheduled
 from limbeck.stage import StageResult
-from limbeck.tasks import VALIDATION, Task, is_regression
+from limbeck.tasks import EXTRA, VALIDATION, Task, is_regression
+from limbeck.tasks.extra import Extra
 from limbeck.teaching import About
 from limbeck.train import FitResult
 
 THROUGHPUT_BATCH = 32
+WITHOUT_EXTRA = "without_extra"
+"""The role of the student that is trained on the training split alone."""
 
 PLAIN = (bool, int, float, str, list, dict, type(None))
 """What a report holds as it is; other options are written as text."""
@@ -51,6 +54,7 @@ class Summary:
         data: The encoded examples.
         device: Where models are timed.
         teacher: The teacher's sizes, for its model may not be here.
+        extra: The extra examples of the student, if there are any.
     """
 
     recipe: Recipe
@@ -58,6 +62,7 @@ class Summary:
     data: Encoded
     device: torch.device
     teacher: About
+    extra: Extra | None = None
 
     def report(
         self,
@@ -91,12 +96,13 @@ class Summary:
         columns = {
             role: self.column(role, models.get(role), results[role], scores[role], speed.get(role))
             for role in results
+            if role != WITHOUT_EXTRA
         }
         report = Report(
             task=self.task.name,
             metric=metric.name,
             higher_is_better=metric.higher_is_better,
-            examples={name: len(rows) for name, rows in self.task.splits.items()},
+            examples=example_counts(self.task, self.extra),
             teacher=columns["teacher"],
             baseline=columns.get("baseline"),
             student=columns["student"],
@@ -112,8 +118,20 @@ class Summary:
             throughput_batch=self.throughput_batch(),
             student_class=type(models["student"]).__name__,
             latency_ratio=Bootstrap.interval(resamples["speedup"]) if "speedup" in resamples else None,
+            extra=self.extra_data(bootstrap, scores),
         )
         return report, resamples
+
+    def extra_data(self, bootstrap: Bootstrap, scores: Mapping[str, Array]) -> ExtraData | None:
+        """What the extra examples were, and what they gave where a student was trained without them."""
+        if self.extra is None:
+            return None
+        sizes = self.extra.origins, {why: count for why, count in self.extra.dropped.items() if count}
+        if WITHOUT_EXTRA not in scores:
+            return ExtraData(*sizes)
+        sign = 1.0 if bootstrap.metric.higher_is_better else -1.0
+        gain = sign * (scores["student"] - scores[WITHOUT_EXTRA])
+        return ExtraData(*sizes, bootstrap.interval(scores[WITHOUT_EXTRA]), bootstrap.interval(gain))
 
     def column(
         self,
@@ -172,6 +190,12 @@ class Summary:
 def _speedup(times: Mapping[str, Array]) -> dict[str, Array]:
     """The student's speed-up over the teacher, where both were timed."""
     return {"speedup": speedups(times["teacher"], times["student"])} if "teacher" in times else {}
+
+
+def example_counts(task: Task, extra: Extra | None) -> dict[str, int]:
+    """The number of examples by split, extra ones among them."""
+    counts = {name: len(rows) for name, rows in task.splits.items()}
+    return counts if extra is None else {**counts, EXTRA: len(extra.rows)}
 
 
 def mean(values: Iterable[float]) -> float:

@@ -31,7 +31,7 @@ LAYERS = [
     "tasks evaluate presets",
     "recipe stage encodings",
     "models pairing plan keeping frame_model",
-    "teaching",
+    "teaching enlarging",
     "summary remember",
     "run",
     "suite",
