@@ -15,13 +15,14 @@ import torch
 from limbeck.batch import to_device
 from limbeck.cache import MANIFEST, WORK, Store
 from limbeck.cache.folder import TEACHER
+from limbeck.enlarging import Wanted
 from limbeck.keeping import forms_of
 from limbeck.models import TeacherStore
 from limbeck.plan import Observer, Plan
 from limbeck.recipe import Recipe
 from limbeck.remember import bytes_needed, fingerprint, free_bytes, shard_bytes
 from limbeck.run import Run, as_recipe
-from limbeck.tasks import TRAIN, is_regression, make_task, reads_texts
+from limbeck.tasks import is_regression, make_task, reads_texts
 from limbeck.teachers import Cached
 from limbeck.teaching import LiveTeacher, check_repeats, claim_for, is_kept, keep_teacher, wanted
 from limbeck.train import Examples
@@ -89,6 +90,9 @@ def build_cache(
     build = _Build(run, plan, run.teacher, out)
     built = build.execute()
     if run.ranks.is_main_process:
+        wanted = Wanted.by(run.recipe, task, run.teacher.processor)
+        if wanted is not None and run.extra is not None:
+            wanted.keep(run.extra, out)
         keep_teacher(out, run.teacher, task, run.recipe, result.logits)
         shutil.rmtree(out / WORK, ignore_errors=True)
     run.ranks.wait_for_everyone()
@@ -128,7 +132,7 @@ class _Build:
         """Ask about all that is not there, in an order that depends on the data alone."""
         from accelerate.utils import reduce
 
-        recipe, data = self.run.recipe, self.run.data.teacher[TRAIN]
+        recipe, data = self.run.recipe, self.run.data.asked
         check_repeats(data)
         self._check_room(data)
         forms = forms_of(recipe.cache, [planned.term for planned in self.plan.terms])
@@ -160,7 +164,7 @@ def ask_about_all(run: Run, cached: Cached, store: Store, wants: Sequence[str]) 
         store: Where its signals go; on disk they are brought there from time to time.
         wants: The taps.
     """
-    data, device, dtype = run.data.teacher[TRAIN], run.device, AUTOCAST[run.recipe.training.precision]
+    data, device, dtype = run.data.asked, run.device, AUTOCAST[run.recipe.training.precision]
     run.observer.on_stage("signals")
     done, total, flushed = 0, len(data) * (data.variants or 1), time.monotonic()
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None), _kept_at_the_end(store):

@@ -142,22 +142,27 @@ def check(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="The folder of a finished run or a search, or its JSON file.")],
+    folder: Annotated[Path, typer.Argument(help="The folder of a run, suite or search that is finished.")],
     debug: Debug = False,
 ) -> None:
-    """Print the report of a finished run or a search, and write its HTML page (and model card) anew."""
+    """Print the report of a finished run, suite or search, and write its HTML page (and README) anew."""
     from limbeck.report import Report, print_report, write_report
     from limbeck.report.search import SearchReport, is_search, print_search, write_search
+    from limbeck.report.suite import SuiteReport, is_suite_folder, print_suite, write_suite
 
     place = folder if folder.is_dir() else folder.parent
-    if is_search(folder):
-        search = SearchReport.load(folder)
-        print_search(search, console)
-        write_search(search, place)
+    if is_suite_folder(folder):
+        suite = SuiteReport.load(folder)
+        print_suite(suite, console)
+        write_suite(suite, place)
+    elif is_search(folder):
+        found = SearchReport.load(folder)
+        print_search(found, console)
+        write_search(found, place)
     else:
-        found = Report.load(folder)
-        print_report(found, console)
-        write_report(found, place)
+        run = Report.load(folder)
+        print_report(run, console)
+        write_report(run, place)
 
 
 def main() -> None:

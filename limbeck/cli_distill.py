@@ -99,7 +99,15 @@ def distill(
     }
     if recipe is None and (task is None or teacher is None or student is None):
         raise ValueError("name a recipe, or --task, --teacher and --student; see: limbeck distill --help")
-    _run(read_recipe(recipe, changes, seeds, parts), out, overwrite, retrain)
+    from limbeck.suite import is_suite
+
+    made = read_recipe(recipe, changes, seeds, parts)
+    if is_suite(made):
+        _run_suite(made, out, _notes(notes), overwrite, retrain)
+    elif notes:
+        raise ValueError(f"--note is for several tasks, and {made.task.name} is one; leave it out")
+    else:
+        _run(made, out, overwrite, retrain)
 
 
 def read_recipe(
@@ -159,6 +167,53 @@ def _run(recipe: Recipe, out: Path | None, overwrite: bool, retrain: bool) -> No
         raise Interrupted(said) from None
     print_report(found, console)
     console.print(f"\nReport: {folder / 'report.html'}   Student: {folder / 'student'}", soft_wrap=True)
+
+
+def _run_suite(recipe: Recipe, out: Path | None, notes: dict[str, str], overwrite: bool, retrain: bool) -> None:
+    from limbeck.progress import ConsoleObserver
+    from limbeck.report.suite import print_suite
+    from limbeck.report.suite.report import FAILED
+    from limbeck.run import default_folder
+    from limbeck.suite import distill_suite
+
+    folder, begun = out or default_folder(recipe), []
+
+    def observer_of(task: str, number: int, count: int) -> ConsoleObserver:
+        begun.append(task)
+        console.print(f"\n[bold]{number} of {count}[/bold]", highlight=False)
+        return ConsoleObserver(console)
+
+    command = shlex.join(["limbeck", *sys.argv[1:]])
+    try:
+        found = distill_suite(
+            recipe,
+            folder,
+            notes=notes,
+            overwrite=overwrite,
+            retrain=retrain,
+            observers=observer_of,
+            command=command,
+        )
+    except KeyboardInterrupt as stop:
+        raise Interrupted(how_to_go_on(str(stop), overwrite) if begun else NOTHING_BEGUN) from None
+    console.print()
+    print_suite(found, console)
+    console.print(f"\nReport: {folder / 'suite.html'}   Runs: {folder}", soft_wrap=True)
+    if found.in_state(FAILED):
+        raise typer.Exit(1)
+
+
+def _notes(written: list[str] | None) -> dict[str, str]:
+    """Remarks by task, each TASK=TEXT."""
+    notes = {}
+    for text in written or []:
+        task, equals, remark = text.partition("=")
+        if not equals or not remark.strip():
+            raise ValueError(
+                f"the note {text!r} says nothing of a task; write TASK=TEXT, as in qnli='seen before'"
+            )
+        notes[task.strip().removeprefix("glue/")] = remark.strip()
+    return notes
 
 
 def how_to_go_on(said: str, overwrite: bool) -> str:

@@ -18,6 +18,7 @@ from limbeck.strict import Several, Strict, explain
 from limbeck.students.spec import StudentSpec as StudentSpec
 from limbeck.students.spec import refuse_options
 from limbeck.tasks import TaskOptions
+from limbeck.tasks.extra import ExtraSpec
 from limbeck.terms import FOUND, Term, check_term_options, layer_pairs, share_of, spread
 from limbeck.train import Settings
 
@@ -35,6 +36,7 @@ EXAMPLES = {
     "teacher": "model: PATH",
     "student": "layers: [1, 3]",
     "cache": "place: memory",
+    "extra": "augment: delete",
 }
 
 
@@ -233,6 +235,9 @@ class Recipe(Strict):
         "static", description="how terms become one loss: static, uncertainty, matched_scale, gradient_norm"
     )
     training: Settings = Field(default_factory=Settings, description="of student and baseline alike")
+    extra: ExtraSpec | None = Field(
+        None, description="more examples for the student, labelled by the teacher alone"
+    )
     baseline: bool = Field(True, description="train the student's twin without distillation, to compare")
     seeds: int = Field(1, gt=0, description="how often baseline and student are trained")
     store: str | None = Field(None, description="where fine-tuned teachers are kept; ~/.cache/limbeck")
@@ -391,7 +396,9 @@ def set_value(data: dict[str, Any], change: str) -> None:
     *parents, last = path.split(".")
     place = data
     for key in parents:
-        inner = place.setdefault(key, {})
+        if place.get(key) is None:  # of a recipe that was written out, too
+            place[key] = {}
+        inner = place[key]
         if not isinstance(inner, dict):
             raise ValueError(f"--set {path}: {key!r} is {inner!r} and has no keys of its own")
         place = inner
@@ -406,6 +413,7 @@ WRITTEN_OUT: dict[str, Callable[[Any], dict[str, Any]]] = {
     "teacher": lambda model: {"model": model},
     "student": lambda text: StudentSpec.parse(text).model_dump(exclude_none=True, exclude_defaults=True),
     "cache": lambda place: {"place": place},
+    "extra": lambda data: {"data": data},
 }
 """What stands for a part of a recipe that is one text."""
 

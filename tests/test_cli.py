@@ -75,7 +75,7 @@ def test_whole_run(limbeck, place, tmp_path):
     found = sorted(p.name for p in (tmp_path / "run").iterdir())
     assert found == [
         *("README.md", "checkpoints", "log.jsonl", "made-by.json", "recipe.yaml"),
-        *("report.html", "report.json", "student"),
+        *("report.html", "report.json", "resamples.safetensors", "student"),
     ]
     report = Report.load(tmp_path / "run")
     assert report.seeds == [0, 1]
@@ -260,12 +260,10 @@ def test_an_interruption_before_anything_was_begun(limbeck, place, tmp_path, mon
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    for place_of_work in (
-        "limbeck.cli_distill._run",
-        "limbeck.run.distill",
-    ):  # --overwrite has deleted nothing yet
+    for place_of_work in ("limbeck.cli_distill._run", "limbeck.run.distill"):
         monkeypatch.setattr(place_of_work, interrupted)
         status, printed = limbeck(*main_job(place, tmp_path / "run"), "--overwrite")
+        # --overwrite has deleted nothing yet
         assert (status, printed.strip()) == (130, "error: interrupted; nothing was begun")
         monkeypatch.undo()
 

@@ -163,3 +163,14 @@ def test_list_presets(command):
     assert status == 0
     for name in PRESETS:
         assert re.search(rf"^{name} +{re.escape(load_preset(name).about[:30])}", printed, flags=re.MULTILINE)
+
+
+def test_extra_data_of_a_preset(place):
+    """Texts get them; an image task does not; what the user says of them wins, and none is none."""
+    best = load_preset("best").texts["extra"]
+    recipe, _ = resolved(Recipe.parse(source(place, preset="best")))
+    assert (list(recipe.extra.augment), recipe.extra.copies) == (best["augment"], best["copies"])
+    assert Recipe.parse(source(place, preset="best")).resolved(regression=False, texts=False).extra is None
+    own, _ = resolved(Recipe.parse(source(place, preset="best"), ["extra.copies=1"]))
+    assert (list(own.extra.augment), own.extra.copies) == (best["augment"], 1)
+    assert resolved(Recipe.parse(source(place, preset="best", extra=None)))[0].extra is None

@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from limbeck.belonging import holds_this
 from limbeck.building import ask_about_all
-from limbeck.cache import first_difference
 from limbeck.evaluate import measure_speed, size_in_bytes
 from limbeck.metrics import get_metric
 from limbeck.plan import Observer, Plan
 from limbeck.recipe import Recipe
 from limbeck.remember import MEMORY, SIGNALS, recall
-from limbeck.run import MADE_BY, Run
+from limbeck.run import Run
 from limbeck.search.records import Speed
 from limbeck.search.space import Space, default_space, with_values
 from limbeck.stage import StageResult
-from limbeck.tasks import HOLDOUT, TRAIN, Task, is_regression, make_task, reads_texts
+from limbeck.tasks import HOLDOUT, Task, is_regression, make_task, reads_texts
 from limbeck.teachers import Cached
 from limbeck.teaching import LiveTeacher, is_kept, wanted
 
@@ -142,7 +142,7 @@ class Ground:
         """The same in a further process, when all is ready."""
         plan, result = self.run.teach(lambda tuned: None)
         self.teacher = self._facts(result)
-        self.run.memory = recall(self.recipe, self.live, self.run.data.teacher[TRAIN], plan.terms, self.folder)
+        self.run.memory = recall(self.recipe, self.live, self.run.data.asked, plan.terms, self.folder)
 
     def check_folder(self) -> None:
         """Refuse a folder that holds anything but this search; change nothing.
@@ -150,18 +150,7 @@ class Ground:
         Raises:
             ValueError: it holds another search, or something else.
         """
-        kept = self.folder / MADE_BY
-        if not kept.is_file():
-            foreign = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-            if self.folder.is_file() or set(foreign) - OWN:
-                raise ValueError(f"{self.folder} holds no search of limbeck; choose another folder with --out")
-            return
-        try:
-            difference = first_difference(self.run.made_by, json.loads(kept.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ValueError(f"{kept} is damaged ({error}); choose another --out") from None
-        if difference:
-            raise ValueError(f"{self.folder} holds another search ({difference}); choose another --out")
+        holds_this(self.folder, self.run.made_by, "search", "choose another --out", OWN)
 
     def _plans(self, space: Space, tuned: bool) -> list[Plan]:
         """The plan for every end of a range and every choice, which fails where the models refuse it."""
@@ -190,7 +179,7 @@ class Ground:
                 known |= set(planned.term.teacher_taps)
         every = dataclasses.replace(plan, terms=terms)
         run = self.run
-        run.memory = recall(self.recipe, self.live, run.data.teacher[TRAIN], every.terms, self.folder)
+        run.memory = recall(self.recipe, self.live, run.data.asked, every.terms, self.folder)
         self.observer.on_note(f"what the teacher says is {run.memory.note}")
         store = run.memory.store
         if store is None:

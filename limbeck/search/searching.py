@@ -17,12 +17,13 @@ import yaml
 from filelock import FileLock, Timeout
 
 from limbeck.atomic import write_text
+from limbeck.belonging import MADE_BY
 from limbeck.plan import Observer
 from limbeck.recipe import SEARCH, Recipe, read_yaml
 from limbeck.report import Report
 from limbeck.report.candidates import COMPLETE, FAILED, RUNNING, Candidate, Choice, Demands, choose
 from limbeck.report.search import SearchReport, TeacherResult, write_search
-from limbeck.run import MADE_BY, RECIPE, default_folder, distill
+from limbeck.run import RECIPE, default_folder, distill
 from limbeck.search.ground import Ground, architecture, for_search
 from limbeck.search.space import Space, with_values
 from limbeck.search.study import Study

@@ -5,6 +5,7 @@ import inspect
 
 from limbeck.registry import nearest
 from limbeck.tasks.base import (
+    EXTRA,
     HOLDOUT,
     TASKS,
     TRAIN,
@@ -18,6 +19,7 @@ from limbeck.tasks.base import (
 )
 
 __all__ = [
+    "EXTRA",
     "HOLDOUT",
     "TASKS",
     "TRAIN",
