@@ -191,6 +191,11 @@ def default_space(recipe: Recipe, layers: int) -> Space:
     Args:
         recipe: With its terms spelled out. Ranges lie around its own values.
         layers: Layers of the teacher, from which a student by layers is taken; 0 where they are not known.
+
+    Example:
+        >>> recipe = Recipe.parse({"task": "glue/rte", "teacher": "bert-base-uncased", "student": "layers:1,3"})
+        >>> list(default_space(recipe.resolved(regression=False), layers=4).written())[:2]
+        ['student.layers', 'training.learning_rate']
     """
     training = recipe.training
     found: dict[str, str] = {}
