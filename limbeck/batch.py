@@ -379,12 +379,21 @@ def valid_positions(batch: Batch, key: str) -> Tensor | None:
             is read as labels, else the name of an entry that is a mask.
 
     Returns:
-        The mask, or None where there is none (all count). Labels that are numbers to predict have none.
+        The mask, or None where there is none (all count). Numbers to predict, one for each example, count but for
+        NaN, which is no label; other floating labels have no mask.
+
+    Example:
+        >>> valid_positions({"labels": torch.tensor([1, -100])}, "labels")
+        tensor([ True, False])
+        >>> valid_positions({"labels": torch.tensor([2.5, float("nan")])}, "labels")
+        tensor([ True, False])
     """
     entry = labels_entry(key)
     value = batch.get(key if entry is None else entry)
-    if value is None or (entry is not None and torch.is_floating_point(value)):
+    if value is None:
         return None
+    if entry is not None and torch.is_floating_point(value):
+        return ~value.isnan() if value.ndim == 1 else None
     valid: Tensor = value != (0 if entry is None else IGNORE_INDEX)
     return valid
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,14 @@ import torch
 from limbeck.batch import to_device
 from limbeck.cache import MANIFEST, WORK, Store
 from limbeck.cache.folder import TEACHER
+from limbeck.enlarging import Wanted
 from limbeck.keeping import forms_of
 from limbeck.models import TeacherStore
 from limbeck.plan import Observer, Plan
 from limbeck.recipe import Recipe
 from limbeck.remember import bytes_needed, fingerprint, free_bytes, shard_bytes
 from limbeck.run import Run, as_recipe
-from limbeck.tasks import TRAIN, is_regression, make_task
+from limbeck.tasks import is_regression, make_task, reads_texts
 from limbeck.teachers import Cached
 from limbeck.teaching import LiveTeacher, check_repeats, claim_for, is_kept, keep_teacher, wanted
 from limbeck.train import Examples
@@ -81,7 +82,7 @@ def build_cache(
     # Of each teacher its own folder: fine-tuning goes on where it is the same one, and else begins anew.
     store = TeacherStore(recipe, task)
     work = out / WORK / store.folder.name
-    run = Run(recipe.resolved(is_regression(task)), task, work, Observer(), several=True)
+    run = Run(recipe.resolved(is_regression(task), reads_texts(task)), task, work, Observer(), several=True)
     if run.ranks.is_main_process and observer is not None:
         run.observer = observer
     plan, result = run.teach(lambda tuned: _begin(run, out, store, tuned), retrain)
@@ -89,6 +90,9 @@ def build_cache(
     build = _Build(run, plan, run.teacher, out)
     built = build.execute()
     if run.ranks.is_main_process:
+        wanted = Wanted.by(run.recipe, task, run.teacher.processor)
+        if wanted is not None and run.extra is not None:
+            wanted.keep(run.extra, out)
         keep_teacher(out, run.teacher, task, run.recipe, result.logits)
         shutil.rmtree(out / WORK, ignore_errors=True)
     run.ranks.wait_for_everyone()
@@ -128,37 +132,17 @@ class _Build:
         """Ask about all that is not there, in an order that depends on the data alone."""
         from accelerate.utils import reduce
 
-        recipe, data = self.run.recipe, self.run.data.teacher[TRAIN]
+        recipe, data = self.run.recipe, self.run.data.asked
         check_repeats(data)
         self._check_room(data)
         forms = forms_of(recipe.cache, [planned.term for planned in self.plan.terms])
         store = Store(fingerprint(recipe, self.teacher, forms), self.out, shard_bytes=shard_bytes(recipe))
         cached = Cached(self.teacher.source(), store, dtype=recipe.cache.dtype, forms=forms)
-        self.run.observer.on_stage("signals")
-        device, dtype = self.run.device, AUTOCAST[recipe.training.precision]
-        done, total, flushed = 0, len(data) * (data.variants or 1), time.monotonic()
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None), _kept_at_the_end(store):
-            for batch in self._shares(data):
-                cached.learn(to_device(batch, device), wanted(self.plan.terms))
-                if time.monotonic() - flushed > FLUSH_SECONDS:
-                    store.flush()
-                    flushed = time.monotonic()
-                done += recipe.training.batch_size * self.run.ranks.num_processes
-                self.run.observer.on_count("signals", min(done, total), total)
-        computed = reduce(torch.tensor(float(cached.computed), device=device), "sum").item()
+        ask_about_all(self.run, cached, store, wanted(self.plan.terms))
+        computed = reduce(torch.tensor(float(cached.computed), device=self.run.device), "sum").item()
         self.run.ranks.wait_for_everyone()
         store.refresh()
         return Built(len(data), int(computed), store.nbytes(), self.run.ranks.is_main_process)
-
-    def _shares(self, data: Examples) -> Iterator[Any]:
-        """This process's batches: every so manieth of all, the longest texts first."""
-        rank, world = self.run.ranks.process_index, self.run.ranks.num_processes
-        size, seed = self.run.recipe.training.batch_size, self.run.recipe.training.seed
-        lengths = data.lengths or [0] * len(data)
-        order = sorted(range(len(data)), key=lambda i: -lengths[i])
-        for variant in range(data.variants or 1):
-            for start in range(rank * size, len(order), world * size):
-                yield data.batch(order[start : start + size], (seed, variant))
 
     def _check_room(self, data: Examples) -> None:
         needed, free = bytes_needed(self.plan.terms, data, self.run.recipe.cache), free_bytes(self.out)
@@ -169,6 +153,39 @@ class _Build:
                 f"{needed:,} bytes of signals do not fit the {free:,} free in {self.out}; make room, set "
                 "cache.dtype=fp16, or drop terms"
             )
+
+
+def ask_about_all(run: Run, cached: Cached, store: Store, wants: Sequence[str]) -> None:
+    """Ask a run's teacher about all training examples that are not kept yet, each process about its share.
+
+    Args:
+        run: Whose teacher is ready.
+        cached: The teacher, remembering.
+        store: Where its signals go; on disk they are brought there from time to time.
+        wants: The taps.
+    """
+    data, device, dtype = run.data.asked, run.device, AUTOCAST[run.recipe.training.precision]
+    run.observer.on_stage("signals")
+    done, total, flushed = 0, len(data) * (data.variants or 1), time.monotonic()
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None), _kept_at_the_end(store):
+        for batch in _shares(run, data):
+            cached.learn(to_device(batch, device), wants)
+            if time.monotonic() - flushed > FLUSH_SECONDS:
+                store.flush()
+                flushed = time.monotonic()
+            done += run.recipe.training.batch_size * run.ranks.num_processes
+            run.observer.on_count("signals", min(done, total), total)
+
+
+def _shares(run: Run, data: Examples) -> Iterator[Any]:
+    """This process's batches: every so manieth of all, the longest texts first."""
+    rank, world = run.ranks.process_index, run.ranks.num_processes
+    size, seed = run.recipe.training.batch_size, run.recipe.training.seed
+    lengths = data.lengths or [0] * len(data)
+    order = sorted(range(len(data)), key=lambda i: -lengths[i])
+    for variant in range(data.variants or 1):
+        for start in range(rank * size, len(order), world * size):
+            yield data.batch(order[start : start + size], (seed, variant))
 
 
 @contextmanager

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import errno
-import shlex
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
 
-from limbeck.cli_cache import Interrupted, recipe_file
+from limbeck.cli_cache import Interrupted
 from limbeck.cli_cache import app as cache_app
-from limbeck.registry import closest, nearest
+from limbeck.cli_distill import NOTHING_BEGUN, Debug, demo, distill
+from limbeck.cli_search import search
+from limbeck.registry import nearest
 
 if TYPE_CHECKING:
-    from limbeck.recipe import Recipe
     from limbeck.registry import Registry
     from limbeck.testing import Verdict
 
@@ -33,25 +32,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(demo)
+app.command()(distill)
 app.add_typer(cache_app, name="cache")
+app.command()(search)
 console = Console()
 errors = Console(stderr=True)
 
-Out = Annotated[Path | None, typer.Option(help="Folder for everything; by default runs/ and the task's name.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: training.epochs=5.")
-]
-Seeds = Annotated[int | None, typer.Option(min=1, help="Train baseline and student this often, and pool.")]
-Overwrite = Annotated[bool, typer.Option(help="Delete what is in the folder and start anew.")]
-Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
-
-DEMOS = ("docstrings", "digits")
 LISTS = (
     *("losses", "transforms", "temperatures", "schedules", "balances", "projections"),
-    *("tasks", "metrics"),
+    *("tasks", "metrics", "presets"),
 )
 WIDTH, INDENT = 100, 24
-INTERRUPTED, NOTHING_BEGUN = 130, "interrupted; nothing was begun"
+INTERRUPTED = 130
 KEPT = "; nothing finished is lost"
 CURES = {
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY), "; name another folder"),
@@ -61,7 +54,6 @@ CURES = {
     errno.ENOENT: "; check the path",
 }
 """What to do about an error of the file system."""
-PLACES = ("off", "memory")
 COLORS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 HINTS = {
     "is zero at equality": "--no-identity",
@@ -85,62 +77,6 @@ def show_help(
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-@app.command()
-def demo(
-    task: Annotated[str, typer.Option(help=f"One of {', '.join(DEMOS)}.")] = "docstrings",
-    out: Out = None,
-    changes: Set = None,
-    seeds: Seeds = None,
-    overwrite: Overwrite = False,
-    debug: Debug = False,
-) -> None:
-    """Distil on data that comes with Python: docstrings of the standard library, or scikit-learn's digits."""
-    if task not in DEMOS:
-        raise ValueError(f"there is no demo {task!r}; {nearest(task, DEMOS)}")
-    with resources.as_file(resources.files("limbeck") / "recipes" / f"demo-{task}.yaml") as path:
-        recipe = _recipe(path, changes, seeds)
-    _run(recipe, out or Path("runs") / f"demo-{task}", overwrite, retrain=False)
-
-
-@app.command()
-def distill(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe, in YAML.")] = None,
-    task: Annotated[str | None, typer.Option(help="glue/rte, table, ...; see: limbeck list tasks.")] = None,
-    data: Annotated[str | None, typer.Option(help="Folder or file; by default the hub.")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="Text column of a table; twice for pairs.")] = None,
-    label: Annotated[str | None, typer.Option(help="Label column of a table.")] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="Folder, hub id, package.module:function, or cache:DIR.")
-    ] = None,
-    student: Annotated[
-        str | None, typer.Option(help="layers:1,3,5 or shrink:0.5 of the teacher, or a model.")
-    ] = None,
-    cache: Annotated[
-        str | None, typer.Option(help="Where what the teacher says is remembered: off, memory or a folder.")
-    ] = None,
-    cache_gib: Annotated[
-        float | None, typer.Option(help="GiB of it that are held in memory; more goes to the disk.")
-    ] = None,
-    out: Out = None,
-    changes: Set = None,
-    seeds: Seeds = None,
-    retrain: Annotated[bool, typer.Option(help="Fine-tune the teacher anew.")] = False,
-    overwrite: Overwrite = False,
-    debug: Debug = False,
-) -> None:
-    """Distil a teacher into a student, beside a plainly trained twin, and report."""
-    chosen = {"name": task, "data": data, "text": text, "label": label}
-    parts: dict[str, Any] = {
-        "task": {key: value for key, value in chosen.items() if value},
-        "teacher": {} if teacher is None else {"model": teacher},
-        "student": student or {},
-        "cache": {key: value for key, value in (("place", cache), ("gib", cache_gib)) if value is not None},
-    }
-    if recipe is None and (task is None or teacher is None or student is None):
-        raise ValueError("name a recipe, or --task, --teacher and --student; see: limbeck distill --help")
-    _run(_recipe(recipe, changes, seeds, parts), out, overwrite, retrain)
 
 
 @app.command(name="list")
@@ -206,16 +142,27 @@ def check(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="The folder of a finished run, or its report.json.")],
+    folder: Annotated[Path, typer.Argument(help="The folder of a run, suite or search that is finished.")],
     debug: Debug = False,
 ) -> None:
-    """Print the report of a finished run, and write its HTML page and model card anew."""
-    from limbeck.report import Report, write_report
-    from limbeck.report.console import print_report
+    """Print the report of a finished run, suite or search, and write its HTML page (and README) anew."""
+    from limbeck.report import Report, print_report, write_report
+    from limbeck.report.search import SearchReport, is_search, print_search, write_search
+    from limbeck.report.suite import SuiteReport, is_suite_folder, print_suite, write_suite
 
-    found = Report.load(folder)
-    print_report(found, console)
-    write_report(found, folder if folder.is_dir() else folder.parent)
+    place = folder if folder.is_dir() else folder.parent
+    if is_suite_folder(folder):
+        suite = SuiteReport.load(folder)
+        print_suite(suite, console)
+        write_suite(suite, place)
+    elif is_search(folder):
+        found = SearchReport.load(folder)
+        print_search(found, console)
+        write_search(found, place)
+    else:
+        run = Report.load(folder)
+        print_report(run, console)
+        write_report(run, place)
 
 
 def main() -> None:
@@ -259,60 +206,6 @@ def _escaped(text: str) -> str:
     return escape(text)
 
 
-def _recipe(
-    path: Path | None,
-    changes: list[str] | None,
-    seeds: int | None,
-    parts: dict[str, Any] | None = None,
-) -> Recipe:
-    """A recipe from a file, then the command's own options, then --set."""
-    from limbeck.recipe import Recipe, read_yaml, spelled_out
-
-    data = spelled_out(read_yaml(recipe_file(path))) if path is not None else {}
-    for key, part in (parts or {}).items():
-        # Layers or a model, a model or a cache: one takes the other's place, with all that belongs to it.
-        replaces = (key == "student" and part) or (key == "teacher" and part.get("model", "").startswith("cache:"))
-        data[key] = part if replaces else {**(data.get(key) or {}), **part}
-    recipe = Recipe.parse(data, [*([f"seeds={seeds}"] if seeds else []), *(changes or [])])
-    _check_place(recipe.cache.place)
-    return recipe
-
-
-def _check_place(place: str) -> None:
-    """Refuse what looks like off or memory written wrong, and would be a new folder."""
-    meant = closest(place.strip().lower(), PLACES, cutoff=0.75)
-    if meant and place not in PLACES and Path(place).name == place and not Path(place).exists():
-        raise ValueError(f"the cache {place!r} is no folder yet; did you mean {meant[0]!r}? else write ./{place}")
-
-
-def _run(recipe: Recipe, out: Path | None, overwrite: bool, retrain: bool) -> None:
-    from limbeck.progress import ConsoleObserver
-    from limbeck.report.console import print_report
-    from limbeck.run import default_folder, distill
-
-    folder = out or default_folder(recipe)
-    command = shlex.join(["limbeck", *sys.argv[1:]])
-    observer = ConsoleObserver(console)
-    try:
-        with observer:
-            found = distill(
-                recipe, folder, overwrite=overwrite, retrain=retrain, observer=observer, command=command
-            )
-    except KeyboardInterrupt as stop:
-        said = _how_to_go_on(str(stop), overwrite) if observer.begun else NOTHING_BEGUN
-        raise Interrupted(said) from None
-    print_report(found, console)
-    console.print(f"\nReport: {folder / 'report.html'}   Student: {folder / 'student'}", soft_wrap=True)
-
-
-def _how_to_go_on(said: str, overwrite: bool) -> str:
-    """What to type after an interruption, since a command that overwrites would begin anew."""
-    words = [word for word in sys.argv[1:] if word != "--overwrite"]
-    again = shlex.join(["limbeck", *words])
-    cure = f"to go on from there, type {again}" if overwrite else "the same command goes on from there"
-    return f"{said or 'interrupted; what was finished is kept'}; {cure}"
-
-
 def _hint(verdict: Verdict) -> str:
     said = HINTS.get(verdict.check) if verdict.outcome == "failed" else None
     return f" ({said}, if that is meant)" if said else ""
@@ -348,6 +241,10 @@ def _entries(what: str) -> list[tuple[str, list[str]]]:
         from limbeck.metrics import METRICS
 
         return [(n, ["higher is better" if m.higher_is_better else "lower is better"]) for n, m in METRICS.items()]
+    if what == "presets":
+        from limbeck.presets import PRESETS, load_preset
+
+        return [(name, [load_preset(name).about]) for name in PRESETS]
     from limbeck.losses.describe import describe, shown
 
     registry = _registry(what)

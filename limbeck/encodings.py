@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from limbeck.batch import as_batch
 from limbeck.pretrained import is_path, load_tokenizer
 from limbeck.registry import nearest
-from limbeck.tasks.base import MOST_TEXTS, TRAIN, Task
+from limbeck.tasks.base import EXTRA, MOST_TEXTS, TRAIN, Rows, Task
 from limbeck.tasks.table import are_scores
 from limbeck.tasks.tables import column, text_rows
 from limbeck.tasks.text import encode_texts
 from limbeck.train import Examples
 from limbeck.train.data import Indexed
-from limbeck.types import EXAMPLE_ID, IGNORE_INDEX, LABELS, STUDENT, TEACHER
+from limbeck.types import EXAMPLE_ID, IGNORE_INDEX, LABELS, STUDENT, TEACHER, Batch
 
 SOURCE = "the data set"
 
@@ -127,33 +127,90 @@ class Encoded:
     """The examples of a run, as each of the two models reads them.
 
     Attributes:
-        teacher: By split, as the teacher reads them.
+        teacher: By split, as the teacher reads them; extra examples too.
         student: By split, as the student does; the same object where both read the same.
-        training: The training split for both at once.
+        training: What the student trains on, for both at once: the training split, and then the extra examples.
+        asked: The same as the teacher reads it.
     """
 
     teacher: dict[str, Examples]
     student: dict[str, Examples]
     training: Examples
+    asked: Examples
 
     def by_role(self, role: str) -> dict[str, Examples]:
         """What the teacher, the student or the baseline reads."""
         return self.teacher if role == TEACHER else self.student
 
+    def longest(self) -> Batch:
+        """The longest training example, which needs the most of a model, and the longest other one with a label.
 
-def encode_for(task: Task, student: Any, teacher: Any) -> Encoded:
+        Drawn as in training, for a cache has no others to show.
+        """
+        lengths = self.training.lengths or [0] * len(self.training)
+        order = sorted(range(len(self.training)), key=lambda i: -lengths[i])
+        labelled = [i for i in order[1:] if i < len(self.teacher[TRAIN])]
+        return self.training.batch([*order[:1], *labelled[:1]], (0, 0))
+
+    @property
+    def labelled(self) -> Examples:
+        """What the student trains on without the extra examples."""
+        return part_of(self.training, 0, len(self.teacher[TRAIN]))
+
+
+def encode_for(task: Task, student: Any, teacher: Any, extra: Rows | None = None) -> Encoded:
     """Encode a task's examples once, or twice where student and teacher have tokenizers of their own.
 
     Args:
         task: The task with its data.
         student: The student's processor.
         teacher: The teacher's; where it is the very object, both read the same.
+        extra: Further examples for the student's training.
     """
-    its = {name: task.encode(rows, teacher) for name, rows in task.splits.items()}
+    its, asked = _splits(task, teacher, extra)
     if student is teacher:
-        return Encoded(its, its, its[TRAIN])
-    own = {name: task.encode(rows, student) for name, rows in task.splits.items()}
-    return Encoded(its, own, pair(own[TRAIN], its[TRAIN]))
+        return Encoded(its, its, asked, asked)
+    own, read = _splits(task, student, extra)
+    return Encoded(its, own, pair(read, asked), asked)
+
+
+def _splits(task: Task, processor: Any, extra: Rows | None) -> tuple[dict[str, Examples], Examples]:
+    """Each split as one model reads it, and all that is for training; extra examples come last."""
+    if extra is None:
+        found = {name: task.encode(rows, processor) for name, rows in task.splits.items()}
+        return found, found[TRAIN]
+    rows, count = task.splits[TRAIN], len(task.splits[TRAIN])
+    every = task.encode(Rows([*rows.inputs, *extra.inputs], [*rows.labels, *extra.labels]), processor)
+    parts = {TRAIN: part_of(every, 0, count), EXTRA: part_of(every, count, len(every))}
+    rest = {name: task.encode(rows, processor) for name, rows in task.splits.items() if name != TRAIN}
+    return {**parts, **rest}, every
+
+
+def part_of(examples: Examples, start: int, stop: int) -> Examples:
+    """Examples that follow each other, as they are.
+
+    Example:
+        >>> import torch
+        >>> every = Examples([{"x": torch.tensor(n)} for n in range(4)])
+        >>> part_of(every, 1, 3).batch([0, 1])
+        {'x': tensor([1, 2])}
+    """
+    lengths = None if examples.lengths is None else examples.lengths[start:stop]
+    return replace(examples, items=_Part(examples.items, range(start, stop)), lengths=lengths)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some of the examples."""
+
+    items: Indexed
+    places: range
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int, /) -> Any:
+        return self.items[self.places[index]]
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def compare(
     sign = 1.0 if bootstrap.metric.higher_is_better else -1.0
     gain = sign * (scores["student"] - scores["baseline"])
     gap = sign * (scores["teacher"] - scores["baseline"])
-    ratio, note = _distillation_ratio(bootstrap, gain, gap)
+    ratio, note = distillation_ratio(gain, gap)
     with np.errstate(divide="ignore", invalid="ignore"):
         retention = np.nan_to_num(scores["student"] / scores["teacher"], nan=0.0, posinf=0.0, neginf=0.0)
     teacher = logits["teacher"][0]
@@ -144,20 +144,32 @@ def compare(
     )
 
 
-def _distillation_ratio(bootstrap: Bootstrap, gain: Array, gap: Array) -> tuple[Interval | None, str]:
+def distillation_ratio(gain: Array, gap: Array) -> tuple[Interval | None, str]:
     """Gain over gap, where there is a gap.
+
+    Args:
+        gain: What distillation added to the baseline, on the data as it is and in each resample, (R + 1,).
+        gap: What the teacher has over the baseline, likewise.
+
+    Returns:
+        The ratio, and where there is none, why.
+
+    Example:
+        >>> distillation_ratio(np.array([1.0, 1.0, 2.0]), np.array([4.0, 2.0, 4.0]))[0].value
+        0.25
+        >>> distillation_ratio(np.array([1.0, 1.0, 2.0]), np.array([1.0, -1.0, 2.0]))[1]
+        'not defined: the gap between teacher and baseline is within noise'
 
     Reference:
         He et al. 2022, Towards Automated Distillation, AutoML-Conf late-breaking workshop.
     """
-    whole = bootstrap.interval(gap)
+    whole = Bootstrap.interval(gap)
     if not whole.excludes_zero:
         return None, "not defined: the gap between teacher and baseline is within noise"
     if whole.value < 0:
         return None, "not defined: the baseline is better than the teacher"
     usable = gap != 0
-    ratios = gain[usable] / gap[usable]
-    return bootstrap.interval(ratios), ""
+    return Bootstrap.interval(gain[usable] / gap[usable]), ""
 
 
 def agreement(bootstrap: Bootstrap, teacher: Array, student: Sequence[Array]) -> Interval:
@@ -201,6 +213,25 @@ def measure_speed(
         >>> measured["a"].low <= measured["a"].value <= measured["a"].high
         True
     """
+    times = time_in_turns(models, data, batch_size=batch_size, repeats=repeats, warmup=warmup)
+    return {name: quartiles(values) for name, values in times.items()}
+
+
+def time_in_turns(
+    models: Mapping[str, nn.Module],
+    data: Examples | Mapping[str, Examples],
+    *,
+    batch_size: int,
+    repeats: int = 30,
+    warmup: int = 3,
+) -> dict[str, Array]:
+    """The times that `measure_speed` sums up: seconds per batch by name, one for each turn, (repeats,).
+
+    Example:
+        >>> data = Examples([{"input": torch.zeros(4)}] * 8)
+        >>> time_in_turns({"a": nn.Linear(4, 4)}, data, batch_size=4, repeats=3)["a"].shape
+        (3,)
+    """
     own = data if isinstance(data, Mapping) else dict.fromkeys(models, data)
     count = min(len(examples) for examples in own.values())
     size = min(batch_size, count)
@@ -214,7 +245,24 @@ def measure_speed(
             seconds = _time(call, to_device(batch, devices[name]))
             if turn >= warmup:
                 times[name].append(seconds)
-    return {name: _quartiles(values) for name, values in times.items()}
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def speedups(slow: Array, fast: Array, resamples: int = RESAMPLES) -> Array:
+    """How many times faster one model is than another, as it was timed and in resamples of the turns, (R + 1,).
+
+    Args:
+        slow: Seconds of one, by turn, (T,).
+        fast: Seconds of the other in the same turns, (T,).
+        resamples: Number of resamples R, of whole turns: what slowed the machine down slowed both.
+
+    Example:
+        >>> speedups(np.array([2.0, 4.0]), np.array([1.0, 2.0]), resamples=3)
+        array([2., 2., 2., 2.])
+    """
+    turns = np.random.default_rng(3).integers(0, len(slow), (resamples, len(slow)))
+    again = np.median(slow[turns], axis=1) / np.median(fast[turns], axis=1)
+    return np.array([np.median(slow) / np.median(fast), *again])
 
 
 def _time(call: Callable[[Batch], Any], batch: Batch) -> float:
@@ -232,7 +280,13 @@ def _wait() -> None:
         torch.accelerator.synchronize()
 
 
-def _quartiles(values: list[float]) -> Interval:
+def quartiles(values: Array) -> Interval:
+    """The median with the quartiles.
+
+    Example:
+        >>> quartiles(np.array([1.0, 2.0, 3.0])).format(1)
+        '2.0 [1.5, 2.5]'
+    """
     low, middle, high = np.percentile(values, [25, 50, 75])
     return Interval(float(middle), float(low), float(high))
 

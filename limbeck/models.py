@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from limbeck.encodings import Encoded
-from limbeck.pretrained import UNREADABLE, first_line, quiet_transformers
+from limbeck.pretrained import UNREADABLE, first_line, is_path, quiet_transformers
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.registry import check_options, import_object
 from limbeck.tasks import Loaded, Task
@@ -28,6 +31,7 @@ from limbeck.train.checkpoint import load_weights, save_weights
 STORE = Path("~/.cache/limbeck")
 MADE_BY = "made-by.json"
 WEIGHTS = "weights.safetensors"
+DIGESTS = "digests.json"
 FORMAT = 1
 
 
@@ -123,15 +127,24 @@ def check_lengths(limits: Mapping[str, int | None], data: Encoded) -> None:
 
 
 class TeacherStore:
-    """Fine-tuned teachers, kept by what made them.
+    """Fine-tuned teachers, kept by what made them. Several processes may use one folder.
 
     Args:
         recipe: The recipe, whose teacher, task and teacher's training make the key.
         task: The task with its data.
+
+    Raises:
+        ValueError: the folder to keep them in is a file.
     """
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
-        root = Path(recipe.store or STORE).expanduser()
+        self.root = Path(recipe.store or STORE).expanduser()
+        for place in (self.root, *self.root.parents):
+            if place.is_file():
+                raise ValueError(
+                    f"fine-tuned models are kept in a folder, and {place} is a file; name another "
+                    "--finetuned-cache"
+                )
         self.source = recipe.teacher
         self.made_by = {
             "format": FORMAT,
@@ -147,7 +160,7 @@ class TeacherStore:
             **({"images": images} if (images := _images_as(task)) else {}),
         }
         key = hashlib.sha256(json.dumps(self.made_by, sort_keys=True).encode()).hexdigest()
-        self.folder = root / "teachers" / key[:20]
+        self.folder = self.root / "teachers" / key[:20]
 
     def holds(self) -> bool:
         """Whether this teacher is there."""
@@ -162,9 +175,11 @@ class TeacherStore:
         if is_function(self.source.model):
             made = load_model(task, self.source.model, self.source.options, seed=0)
         try:
-            if not is_function(self.source.model):
-                return task.load(self.folder)
-            load_weights(made.model, self.folder / WEIGHTS)
+            with self._alone():
+                self._check_files()
+                if not is_function(self.source.model):
+                    return task.load(self.folder)
+                load_weights(made.model, self.folder / WEIGHTS)
         except UNREADABLE as error:
             raise ValueError(
                 f"the fine-tuned teacher in {self.folder} is damaged ({first_line(error)}); pass --retrain to "
@@ -172,16 +187,74 @@ class TeacherStore:
             ) from None
         return made
 
+    def check_room(self) -> None:
+        """Refuse a folder that nothing can be kept in, before anything is trained.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        there = next(place for place in (self.root, *self.root.absolute().parents) if place.exists())
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"fine-tuned models cannot be kept in {self.root}, for {there} cannot be written; name another "
+                "--finetuned-cache"
+            )
+
     def keep(self, model: nn.Module, processor: Any) -> None:
-        """Save a teacher; a folder of that name is always whole."""
+        """Save a teacher in the place of one that is there; a folder of that name is always whole."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=".partial-"))
         save_model(model, processor, partial)
         if is_function(self.source.model):
             save_weights(model, partial / WEIGHTS)
         (partial / MADE_BY).write_text(json.dumps(self.made_by, indent=2))
-        shutil.rmtree(self.folder, ignore_errors=True)
-        partial.rename(self.folder)
+        digests = {path.name: file_digest(path) for path in sorted(partial.iterdir()) if path.is_file()}
+        (partial / DIGESTS).write_text(json.dumps(digests, indent=2))
+        with self._alone():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            partial.rename(self.folder)
+
+    def _check_files(self) -> None:
+        """Compare every file with its digest; teachers kept by earlier versions have none.
+
+        Raises:
+            ValueError: a file is missing, or is not what was written.
+        """
+        if not (self.folder / DIGESTS).is_file():
+            return
+        for name, digest in json.loads((self.folder / DIGESTS).read_text()).items():
+            path = self.folder / name
+            if not path.is_file():
+                raise ValueError(f"{name} is missing")
+            if file_digest(path) != digest:
+                raise ValueError(f"{name} is not what was written")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes from this teacher; where nothing can be written, nobody replaces it either."""
+        locks = self.root / "locks"
+        if not os.access(locks if locks.exists() else self.root, os.W_OK):
+            yield
+            return
+        locks.mkdir(exist_ok=True)
+        with FileLock(locks / f"{self.folder.name}.lock"):
+            yield
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's content.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     file_digest(Path(file.name))[:12]
+        'e3b0c44298fc'
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _images_as(task: Task) -> dict[str, Any]:
@@ -192,7 +265,7 @@ def _images_as(task: Task) -> dict[str, Any]:
 def fingerprint(source: str) -> str:
     """A hash of what makes a model: a folder's files, or the source of a function's module.
 
-    A hub id stands for itself, with the commit that the cache has of it where there is one.
+    A hub id stands for itself, with its commit.
     """
     folder = Path(source)
     if is_function(source) and named_network(source):
@@ -201,7 +274,7 @@ def fingerprint(source: str) -> str:
         module = inspect.getmodule(import_object(source))
         return hashlib.sha256(inspect.getsource(module).encode() if module else b"").hexdigest()
     if not folder.is_dir():
-        return f"{source}@{_cached_commit(source)}"
+        return f"{source}@{'' if is_path(source) else _commit(source)}"
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in (".safetensors", ".json", ".txt", ".model") and path.is_file():
@@ -212,16 +285,18 @@ def fingerprint(source: str) -> str:
     return digest.hexdigest()
 
 
-def _cached_commit(repository: str) -> str:
-    """The commit of a hub model in the local cache; empty where it was never fetched, or is no hub id."""
-    from huggingface_hub import try_to_load_from_cache
+def _commit(repository: str) -> str:
+    """The commit of a hub model, whose config is fetched if it is not here; empty where there is no such model.
+
+    Without the fetching, the first run would have another key than the next ones.
+    """
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        config = try_to_load_from_cache(repository, "config.json")
-    except HFValidationError:
+        return Path(hf_hub_download(repository, "config.json")).parent.name
+    except (HFValidationError, OSError, ValueError):  # the loading that follows says what is wrong
         return ""
-    return Path(config).parent.name if isinstance(config, str) else ""
 
 
 def save_model(model: nn.Module, processor: Any, folder: Path) -> None:

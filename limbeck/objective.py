@@ -202,7 +202,7 @@ class Objective(nn.Module):
         for term in self.active(batch):
             known = _ignored(term)
             if known is not None:
-                counts[known] = float((_labels(term, batch) != term.comparison.options[IGNORE]).sum())
+                counts[known] = float(_known(term, batch).sum())
         return counts
 
     def plan(self, student: Signal, teacher: Signal, batch: Batch) -> list[PlannedTerm]:
@@ -244,7 +244,7 @@ class Objective(nn.Module):
             mask = None if key is None else _valid(term, key, batch)
             with torch.autocast(_first(read).device.type, enabled=False):
                 supplied = {"progress": progress, **self._supplied(term, read, target, batch)}
-                if term.reads_labels:  # labels say themselves which of them count
+                if term.reads_labels or (key == LABELS and _by_class(term, read, batch)):  # labels say which count
                     values = term.comparison(read, target, mask=mask, **supplied)
                 else:
                     values = compare_valid(term.comparison, read, target, mask, **supplied)
@@ -295,7 +295,11 @@ def _ensure_sized(module: nn.Module, read: Side, target: Target) -> None:
 def _sides(term: Term, student: Signal, teacher: Signal, batch: Batch) -> tuple[Side, Target]:
     """What a term compares: one tensor on each side, or a tuple of them."""
     read = tuple(student[tap] for tap in term.taps)
-    target = (_labels(term, batch),) if term.reads_labels else tuple(teacher[tap] for tap in term.teacher_taps)
+    target = (
+        (_numbers(_labels(term, batch)),)
+        if term.reads_labels
+        else tuple(teacher[tap] for tap in term.teacher_taps)
+    )
     return (read[0], target[0]) if len(read) == 1 else (read, target)
 
 
@@ -322,12 +326,22 @@ def _mask_of(term: Term, read: Side, batch: Batch) -> str | None:
         if term.reads_labels:
             return _ignored(term) or term.teacher_tap
         shape = _first(read).shape
+        if _by_class(term, read, batch):
+            return LABELS
         between_tokens = len(shape) == 4  # attention has no positions in front: its loss has to ask for the mask
         if between_tokens and "mask" not in term.comparison.asks:
             return None
         return mask_key(shape, batch, term.tap)
     _entry(batch, term.mask)
     return term.mask
+
+
+def _by_class(term: Term, read: Side, batch: Batch) -> bool:
+    """Whether a loss between logits (B, C) also needs each example's class, and is 0 where there is none."""
+    labels, shape = batch.get(LABELS), _first(read).shape
+    if not term.comparison.needs_labels or not isinstance(labels, Tensor) or len(shape) != 2:
+        return False
+    return not labels.is_floating_point() and labels.shape == shape[:1]
 
 
 def _ignored(term: Term) -> str | None:
@@ -338,10 +352,21 @@ def _ignored(term: Term) -> str | None:
 
 def _valid(term: Term, key: str, batch: Batch) -> Tensor | None:
     """The mask of a name; see `_mask_of`."""
-    if key != _ignored(term):
-        return valid_positions(batch, key)
+    return valid_positions(batch, key) if key != _ignored(term) else _known(term, batch)
+
+
+def _known(term: Term, batch: Batch) -> Tensor:
+    """Where labels count, for a term with an ``ignore_index`` of its own."""
     known: Tensor = _labels(term, batch) != term.comparison.options[IGNORE]
-    return known
+    told = valid_positions(batch, str(term.teacher_tap)) if _labels(term, batch).is_floating_point() else None
+    return known if told is None else known & told
+
+
+def _numbers(labels: Tensor) -> Tensor:
+    """Labels with 0 in the place of NaN, which is none: it is masked, and its gradient would be NaN times zero."""
+    if not labels.is_floating_point() or labels.ndim != 1:
+        return labels
+    return torch.where(labels.isnan(), torch.zeros_like(labels), labels)
 
 
 def _labels(term: Term, batch: Batch) -> Tensor:

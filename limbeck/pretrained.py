@@ -107,6 +107,25 @@ def load_backbone(source: str | Path, what: str = "a model") -> nn.Module:
     return model
 
 
+def load_masked_lm(source: str | Path) -> nn.Module:
+    """Load a model that fills in masked words, with every weight of its head.
+
+    Raises:
+        ValueError: nothing can be loaded, or a weight is missing: an encoder lacks the head.
+
+    Example:
+        >>> load_masked_lm("no/such/folder/here")
+        Traceback (most recent call last):
+        ValueError: cannot load a masked language model from 'no/such/folder/here': there is no such folder
+    """
+    from transformers import AutoModelForMaskedLM
+
+    what = "a masked language model"
+    model, absent = _load_weights(AutoModelForMaskedLM, source, load_config(source, what), what)
+    _refuse_random(absent, source)
+    return model
+
+
 def load_tokenizer(source: str | Path) -> Any:
     """Load a tokenizer that can pad.
 

@@ -13,10 +13,12 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from limbeck.matching import regex_pairs
+from limbeck.presets import TermChoice, load_preset
 from limbeck.strict import Several, Strict, explain
 from limbeck.students.spec import StudentSpec as StudentSpec
 from limbeck.students.spec import refuse_options
 from limbeck.tasks import TaskOptions
+from limbeck.tasks.extra import ExtraSpec
 from limbeck.terms import FOUND, Term, check_term_options, layer_pairs, share_of, spread
 from limbeck.train import Settings
 
@@ -26,11 +28,15 @@ LAYERS = "layers"
 MODULES = "modules"
 """The tap of a term that is spread over modules whose names belong together."""
 
+SEARCH = "search"
+"""The part of a recipe that says what a search may try; for all else it is not there."""
+
 EXAMPLES = {
     "task": "name: glue/rte",
     "teacher": "model: PATH",
     "student": "layers: [1, 3]",
     "cache": "place: memory",
+    "extra": "augment: delete",
 }
 
 
@@ -219,6 +225,7 @@ class Recipe(Strict):
     A part that needs one thing only may be written as that, ``{"task": "glue/rte"}``; see `spelled_out`.
     """
 
+    preset: str | None = Field(None, description="fast, balanced or best: where what is not said here comes from")
     task: TaskOptions
     teacher: TeacherSpec
     student: StudentSpec
@@ -228,6 +235,9 @@ class Recipe(Strict):
         "static", description="how terms become one loss: static, uncertainty, matched_scale, gradient_norm"
     )
     training: Settings = Field(default_factory=Settings, description="of student and baseline alike")
+    extra: ExtraSpec | None = Field(
+        None, description="more examples for the student, labelled by the teacher alone"
+    )
     baseline: bool = Field(True, description="train the student's twin without distillation, to compare")
     seeds: int = Field(1, gt=0, description="how often baseline and student are trained")
     store: str | None = Field(None, description="where fine-tuned teachers are kept; ~/.cache/limbeck")
@@ -247,6 +257,8 @@ class Recipe(Strict):
     def parse(cls, source: Mapping[str, Any], changes: Sequence[str] = ()) -> Recipe:
         """Check a nested mapping, after changes of the form ``a.b=value``.
 
+        Its part ``search:`` is for `limbeck.search` and no part of the Recipe.
+
         Raises:
             ValueError: an unknown key or a wrong value; the message names its place.
         """
@@ -254,6 +266,9 @@ class Recipe(Strict):
         for change in changes:
             set_value(data, change)
         data = spelled_out(data)
+        data.pop(SEARCH, None)
+        if data.get("preset") is not None:
+            data = load_preset(data["preset"]).beneath(data, cls)
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -279,29 +294,49 @@ class Recipe(Strict):
 
     def build_terms(self, places: Places, regression: bool) -> list[Term]:
         """Make the terms; without any in the recipe, those that suit the task."""
-        specs = self.terms or default_terms(
-            regression, self.student.from_weights, narrower=self.student.shrink is not None
-        )
-        return [term for name, spec in specs.items() for term in spec.build(name, places)]
+        return [t for name, spec in self._terms_for(regression).items() for t in spec.build(name, places)]
 
-    def resolved(self, regression: bool) -> Recipe:
-        """The recipe with its terms spelled out."""
-        terms = self.terms or default_terms(
-            regression, self.student.from_weights, narrower=self.student.shrink is not None
-        )
-        return self.model_copy(update={"terms": terms})
+    def resolved(self, regression: bool, texts: bool = True) -> Recipe:
+        """The recipe with all that depends on the task spelled out: its terms, and a preset's parts for texts.
+
+        Args:
+            regression: Whether a number is to be predicted.
+            texts: Whether the inputs are texts.
+        """
+        parts = load_preset(self.preset).texts if self.preset and texts else {}
+        chosen = {key: part for key, part in parts.items() if key not in self.model_fields_set}
+        whole = type(self).model_validate({**self.model_dump(), **chosen}) if chosen else self
+        return whole.model_copy(update={"terms": self._terms_for(regression)})
+
+    def _terms_for(self, regression: bool) -> dict[str, TermSpec]:
+        narrower = self.student.shrink is not None
+        return self.terms or default_terms(regression, self.student.from_weights, narrower, self.preset)
 
 
-def default_terms(regression: bool, hidden: bool, narrower: bool = False) -> dict[str, TermSpec]:
-    """What a student learns unless the recipe says: the teacher's answers, its layers, and the labels."""
-    terms: dict[str, dict[str, Any]] = {
-        "kd": {"loss": "mse"} if regression else {"loss": "forward_kl", "temperature": 2.0},
-        "labels": {"tap": "labels", "loss": "label_mse" if regression else "cross_entropy", "weight": 0.5},
-    }
-    if hidden:
-        terms["hidden"] = {"tap": LAYERS, "loss": "mse", "weight": 1.0}
-        terms["hidden"] |= {"project": "linear"} if narrower else {}
-    return {name: TermSpec.model_validate(spec) for name, spec in terms.items()}
+DEFAULT_TERMS = TermChoice(
+    classes={
+        "kd": {"loss": "forward_kl", "temperature": 2.0},
+        "labels": {"tap": "labels", "loss": "cross_entropy", "weight": 0.5},
+    },
+    numbers={"kd": {"loss": "mse"}, "labels": {"tap": "labels", "loss": "label_mse", "weight": 0.5}},
+    layers={"hidden": {"tap": LAYERS, "loss": "mse", "weight": 1.0}},
+)
+
+
+def default_terms(
+    regression: bool, hidden: bool, narrower: bool = False, preset: str | None = None
+) -> dict[str, TermSpec]:
+    """What a student learns unless the recipe says: the teacher's answers, its layers, and the labels.
+
+    Args:
+        regression: Whether a number is to be predicted.
+        hidden: Whether the student begins with weights of the teacher.
+        narrower: Whether it is narrower than the teacher.
+        preset: Whose terms they are, if it has any.
+    """
+    choice = (load_preset(preset).terms if preset else None) or DEFAULT_TERMS
+    specs = choice.suited(regression, hidden, narrower)
+    return {name: TermSpec.model_validate(spec) for name, spec in specs.items()}
 
 
 def plain_terms(terms: Iterable[Term], regression: bool) -> list[Term]:
@@ -361,7 +396,9 @@ def set_value(data: dict[str, Any], change: str) -> None:
     *parents, last = path.split(".")
     place = data
     for key in parents:
-        inner = place.setdefault(key, {})
+        if place.get(key) is None:  # of a recipe that was written out, too
+            place[key] = {}
+        inner = place[key]
         if not isinstance(inner, dict):
             raise ValueError(f"--set {path}: {key!r} is {inner!r} and has no keys of its own")
         place = inner
@@ -376,6 +413,7 @@ WRITTEN_OUT: dict[str, Callable[[Any], dict[str, Any]]] = {
     "teacher": lambda model: {"model": model},
     "student": lambda text: StudentSpec.parse(text).model_dump(exclude_none=True, exclude_defaults=True),
     "cache": lambda place: {"place": place},
+    "extra": lambda data: {"data": data},
 }
 """What stands for a part of a recipe that is one text."""
 

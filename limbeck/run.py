@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from limbeck.atomic import write_text
+from limbeck.atomic import write_tensors, write_text
+from limbeck.belonging import MADE_BY, holds_this
 from limbeck.distiller import Distiller, read_of_teacher
 from limbeck.encodings import Encoded, encode_for
+from limbeck.enlarging import Wanted, alike
 from limbeck.evaluate import count_parameters
 from limbeck.keeping import forms_of
 from limbeck.models import TeacherStore, check_lengths, fingerprint, load_model, save_model
@@ -24,22 +27,25 @@ from limbeck.recipe import LayerMatch, Places, Recipe, plain_terms
 from limbeck.remember import SIGNALS, Memory, recall
 from limbeck.report import Report, write_report
 from limbeck.stage import RESULT, Stage, StageResult
-from limbeck.summary import Summary
-from limbeck.tasks import HOLDOUT, TRAIN, VALIDATION, Loaded, Task, is_regression, make_task
+from limbeck.summary import WITHOUT_EXTRA, Summary, example_counts
+from limbeck.tasks import EXTRA, HOLDOUT, TRAIN, VALIDATION, Loaded, Task, is_regression, make_task
+from limbeck.tasks.base import reads_texts
+from limbeck.tasks.extra import Extra, check_texts
 from limbeck.teaching import KeptTeacher, LiveTeacher, is_kept, teacher_fingerprint
 from limbeck.terms import Term
 from limbeck.train import Examples, Settings, read_log
 from limbeck.train.data import ExampleBatches
-from limbeck.types import Batch
+from limbeck.train.ranks import process_state
 
-RECIPE, LOG, MADE_BY, REPORT = "recipe.yaml", "log.jsonl", "made-by.json", "report.json"
+RECIPE, LOG, REPORT = "recipe.yaml", "log.jsonl", "report.json"
+RESAMPLES = "resamples.safetensors"  # the main metric in every resample, which the intervals come from
 MATCHED_EXAMPLES = 256
 """Training examples from which pairs of layers are found."""
 
-OWN = (RECIPE, LOG, MADE_BY, REPORT, "report.html", "README.md", "student", "checkpoints", SIGNALS)
+OWN = (RECIPE, LOG, MADE_BY, REPORT, RESAMPLES, "report.html", "README.md", "student", "checkpoints", SIGNALS)
 """All that a run writes into its folder, and all that overwriting deletes of it."""
 
-THROUGHPUT_BATCH = 32
+STUDENTS = ("student", WITHOUT_EXTRA)
 
 
 def distill(
@@ -84,7 +90,7 @@ def distill(
     """
     recipe = as_recipe(recipe)
     task = make_task(recipe.task)
-    recipe = recipe.resolved(is_regression(task))
+    recipe = recipe.resolved(is_regression(task), reads_texts(task))
     folder = Path(out) if out is not None else default_folder(recipe)
     run = Run(recipe, task, folder, observer or Observer(), command)
     return run.execute(overwrite, retrain)
@@ -102,6 +108,16 @@ def default_folder(recipe: Recipe) -> Path:
     return Path("runs") / recipe.task.name.replace("/", "-").replace(":", "-")
 
 
+def delete_run(folder: Path) -> None:
+    """Delete of a folder what a run writes, and nothing else."""
+    for name in OWN:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 class Run:
     """One run: the variables that its stages share.
 
@@ -112,6 +128,7 @@ class Run:
         observer: What watches.
         command: What was typed.
         several: Whether this may be one of several processes.
+        judged: The splits on which models predict; by default all but those that are for training.
     """
 
     def __init__(
@@ -122,6 +139,7 @@ class Run:
         observer: Observer,
         command: str = "",
         several: bool = False,
+        judged: Sequence[str] = (),
     ) -> None:
         self.recipe = recipe
         self.task = task
@@ -129,10 +147,12 @@ class Run:
         self.observer = observer
         self.command = command or f"limbeck distill {folder / RECIPE}"
         self.regression = is_regression(task)
-        self.data = Encoded({}, {}, Examples([]))
+        self.judged = judged or [name for name in task.splits if name not in (TRAIN, HOLDOUT, EXTRA)]
+        self.data = Encoded({}, {}, Examples([]), Examples([]))
+        self.extra: Extra | None = None
         self.processor: Any = None
         self.seeds = list(range(recipe.training.seed, recipe.training.seed + recipe.seeds))
-        self.ranks = _processes(several)
+        self.ranks = process_state(several)
         self.device: torch.device = self.ranks.device
         self.matches: dict[str, LayerMatch] = {}
         self.teacher: LiveTeacher | KeptTeacher
@@ -143,6 +163,23 @@ class Run:
             "teacher": teacher_fingerprint(recipe.teacher.model),
             "student": recipe.student.model and fingerprint(recipe.student.model),
         }
+        if recipe.extra is not None:
+            check_texts(task)
+            self.made_by["extra"] = recipe.extra.digest()
+
+    def lend(self, recipe: Recipe, folder: Path, observer: Observer) -> Run:
+        """Another run on the ground of this one: its task, its teacher, which is ready, and what that said.
+
+        Args:
+            recipe: What to do there; it differs in the student, the terms or the training.
+            folder: Where that goes.
+            observer: What watches.
+        """
+        other = copy.copy(self)
+        other.recipe, other.folder, other.observer, other.matches = recipe, folder, observer, {}
+        if recipe.student.model != self.recipe.student.model:  # which may read the data otherwise
+            other._take(self.teacher)
+        return other
 
     def execute(self, overwrite: bool = False, retrain: bool = False) -> Report:
         """The run, from top to bottom."""
@@ -156,19 +193,26 @@ class Run:
         models: dict[str, nn.Module] = dict(self.teacher.models)
         results: dict[str, list[StageResult]] = {"teacher": [teacher_result]}
         for seed in self.seeds:
-            for role in ("baseline", "student") if recipe.baseline else ("student",):
+            for role in self.roles():
                 model, result = self.train(role, seed)
-                models.setdefault(role, model)
+                if role != WITHOUT_EXTRA:  # it is as large and as fast as the student
+                    models.setdefault(role, model)
                 results.setdefault(role, []).append(result)
 
         self.observer.on_stage("evaluation")
-        summary = Summary(recipe, self.task, self.data, self.device, self.teacher.about(self.task))
-        log = read_log(self.folder / LOG)
-        report = summary.report(models, results, plan.terms, log, self.command)
+        about = self.teacher.about(self.task)
+        summary = Summary(recipe, self.task, self.data, self.device, about, self.extra)
+        report, resamples = summary.report(models, results, plan.terms, read_log(self.folder / LOG), self.command)
+        write_tensors(self.folder / RESAMPLES, {name: torch.from_numpy(each) for name, each in resamples.items()})
         save_model(models["student"].cpu(), self.processor, self.folder / "student")
         write_report(report, self.folder)
         self.memory.end()
         return report
+
+    def roles(self) -> list[str]:
+        """What is trained for each seed."""
+        compared = self.recipe.extra is not None and self.recipe.extra.compare
+        return [*(["baseline"] if self.recipe.baseline else []), "student", *([WITHOUT_EXTRA] if compared else [])]
 
     def teach(self, begin: Callable[[bool], None], retrain: bool = False) -> tuple[Plan, StageResult]:
         """Make the teacher ready to teach: load it, check everything, fine-tune it if needed, let it predict.
@@ -212,11 +256,23 @@ class Run:
         self.teacher = teacher
         student = self.student()
         self.processor = student.processor
-        self.data = encode_for(self.task, student.processor, teacher.processor)
+        self.extra = self._more_data(teacher)
+        rows = None if self.extra is None else self.extra.rows
+        self.data = encode_for(self.task, student.processor, teacher.processor, rows)
         return student.model
+
+    def _more_data(self, teacher: LiveTeacher | KeptTeacher) -> Extra | None:
+        """The extra examples; of several processes the first one makes them."""
+        wanted = Wanted.by(self.recipe, self.task, teacher.processor)
+        if wanted is None:
+            return None
+        with self.ranks.main_process_first():
+            return wanted.make(teacher.folder if isinstance(teacher, KeptTeacher) else None, self.observer.on_note)
 
     def _show(self, plan: Plan) -> None:
         self.observer.on_plan(plan)
+        if self.extra is not None:
+            self.observer.on_note(self.extra.in_words())
         if self.processor is not self.teacher.processor:
             self.observer.on_note("student and teacher have different tokenizers: each reads the texts by its own")
 
@@ -224,7 +280,7 @@ class Run:
         """Where what the teacher says is kept."""
         if isinstance(self.teacher, KeptTeacher):
             return Memory(None, f"read from {self.teacher.folder}")
-        return recall(self.recipe, self.teacher, self.data.teacher[TRAIN], plan.terms, self.folder)
+        return recall(self.recipe, self.teacher, self.data.asked, plan.terms, self.folder)
 
     def check_folder(self, overwrite: bool, retrain: bool) -> None:
         """Refuse a folder that holds anything but this run; change nothing.
@@ -232,23 +288,10 @@ class Run:
         Raises:
             ValueError: it holds another run, other files, or what came of a teacher that `retrain` would replace.
         """
-        kept = self.folder / MADE_BY
-        if not kept.is_file():
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise ValueError(
-                    f"{self.folder} holds no run of limbeck; choose another or empty folder with --out"
-                )
+        if overwrite and (self.folder / MADE_BY).is_file():
             return
-        if overwrite:
+        if not holds_this(self.folder, self.made_by, "run", "choose another --out, or pass --overwrite"):
             return
-        try:
-            difference = first_difference(json.loads(kept.read_text()), self.made_by)
-        except ValueError as error:
-            raise ValueError(f"{kept} is damaged ({error}); choose another --out, or pass --overwrite") from None
-        if difference:
-            raise ValueError(
-                f"{self.folder} holds another run ({difference}); choose another --out, or pass --overwrite"
-            )
         begun, finished = (self.folder / "checkpoints").exists(), (self.folder / REPORT).is_file()
         if retrain and begun and (finished or not self.stage_folder("teacher").exists()):
             raise ValueError(f"{self.folder} holds a run with its teacher; to make it anew, pass --overwrite too")
@@ -256,12 +299,7 @@ class Run:
     def open_folder(self, overwrite: bool) -> None:
         """Make the folder; with `overwrite`, delete of it what a run writes, and nothing else."""
         if overwrite:
-            for name in OWN:
-                path = self.folder / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+            delete_run(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / RECIPE, self.recipe.to_yaml())
         write_text(self.folder / MADE_BY, json.dumps(self.made_by, indent=2))
@@ -285,6 +323,8 @@ class Run:
                 f"the teacher {spec.model} is ready as it is, and --retrain is for one that is fine-tuned; leave "
                 "it out, or set teacher.finetune=always"
             )
+        if not ready:
+            store.check_room()
         return loaded, ready
 
     def student(self, seed: int | None = None) -> Loaded:
@@ -299,28 +339,28 @@ class Run:
         check_lengths({"teacher": about.most_tokens, "student": most_tokens(student)}, self.data)
         terms = self.terms(student)
         if isinstance(teacher, KeptTeacher):
-            teacher.check_holds(self.data.teacher[TRAIN], read_of_teacher(terms))
+            teacher.check_holds(self.data.asked, read_of_teacher(terms))
         distiller = Distiller(
             student, teacher.as_kept(forms_of(recipe.cache, terms)), terms, balance=recipe.balance
         )
-        planned = distiller.preflight(longest(self.data.training))
+        planned = distiller.preflight(self.data.longest())
         recipe.training.build_optimizer(student, distiller.objective)
         steps = {"student": self.steps(recipe.training)}
         if not tuned:
             recipe.teacher.training.build_optimizer(student, nn.ModuleList())
-            steps["teacher"] = self.steps(recipe.teacher.training)
+            steps["teacher"] = self.steps(recipe.teacher.training, self.data.labelled)
         return Plan(
             task=self.task.name,
-            examples={name: len(rows) for name, rows in self.task.splits.items()},
+            examples=example_counts(self.task, self.extra),
             terms=planned,
             parameters={"teacher": about.parameters, "student": count_parameters(student)},
             steps=steps,
             teacher=teacher.state(tuned),
         )
 
-    def steps(self, settings: Settings) -> int:
-        """The number of updates of a training."""
-        return settings.total_steps(len(ExampleBatches(self.data.training, settings)))
+    def steps(self, settings: Settings, data: Examples | None = None) -> int:
+        """The number of updates of a training, by default one of the student."""
+        return settings.total_steps(len(ExampleBatches(data or self.data.training, settings)))
 
     def terms(self, student: nn.Module) -> list[Term]:
         """The terms of the recipe for a student and the teacher."""
@@ -369,15 +409,17 @@ class Run:
         return Loaded(model, teacher.processor, head_is_trained=True), result
 
     def train(self, role: str, seed: int) -> tuple[nn.Module, StageResult]:
-        """Train a student, or as the baseline its twin without distillation, from the same start."""
+        """Train a student, its twin without extra data, or the baseline without distillation; all start alike."""
         student = self.student(seed).model
         terms = self.terms(student)
         distiller = (
             Distiller(student, self.memory.teacher(self.teacher.source()), terms, balance=self.recipe.balance)
-            if role == "student"
+            if role in STUDENTS
             else Distiller(student, None, plain_terms(terms, self.regression))
         )
         settings = self.recipe.training.model_copy(update={"seed": seed})
+        if self.extra is not None:
+            settings = alike(settings, self.data.training)
         return self._train(self.stage(f"{role}-{seed}"), distiller, settings)
 
     def _train(self, stage: Stage, distiller: Distiller, settings: Settings) -> tuple[nn.Module, StageResult]:
@@ -392,53 +434,14 @@ class Run:
         """One stage of this run: of the teacher, the baseline or the student, whose data it has."""
         role = name.partition("-")[0]
         data = self.data.by_role(role)
+        taught = {"student": self.data.training, WITHOUT_EXTRA: self.data.labelled}
         return Stage(
             name=name,
             folder=self.stage_folder(name),
             log=self.folder / LOG,
-            train=self.data.training if role == "student" else data[TRAIN],
+            train=taught.get(role, data[TRAIN]),
             choose=data.get(HOLDOUT, data[VALIDATION]),
-            evaluate={n: d for n, d in data.items() if n not in (TRAIN, HOLDOUT)},
+            evaluate={name: data[name] for name in self.judged},
             metric=self.task.metrics[0],
             device=self.device,
         )
-
-
-def longest(examples: Examples) -> Batch:
-    """The two longest examples, which need the most of a model; any two where all are equally long."""
-    lengths = examples.lengths or [0] * len(examples)
-    rows = sorted(range(len(examples)), key=lambda i: -lengths[i])[:2]
-    return examples.batch(rows, (0, 0))  # drawn as in training: a cache has no others to show
-
-
-def _processes(several: bool) -> Any:
-    """This process among those that were started, and its device.
-
-    Raises:
-        ValueError: several processes were started, and only one may be.
-    """
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not torch.accelerator.is_available())  # else it starts one alone on a CPU
-    if state.num_processes > 1 and not several:
-        raise ValueError(
-            f"a run is one process, and {state.num_processes} were started; for several ranks call limbeck.fit"
-        )
-    return state
-
-
-def first_difference(kept: Any, wanted: Any, place: str = "") -> str:
-    """Say where two nested mappings differ first, or nothing.
-
-    Example:
-        >>> first_difference({"a": {"b": 1}}, {"a": {"b": 2}})
-        'a.b is 1 there and 2 here'
-    """
-    if isinstance(kept, dict) and isinstance(wanted, dict):
-        for key in [*kept, *(k for k in wanted if k not in kept)]:
-            inner = f"{place}.{key}" if place else str(key)
-            found = first_difference(kept.get(key), wanted.get(key), inner)
-            if found:
-                return found
-        return ""
-    return "" if kept == wanted else f"{place} is {kept!r} there and {wanted!r} here"

@@ -78,12 +78,24 @@ def explain(error: ValidationError, model: type[BaseModel], what: str) -> str:
     return f"{'.'.join(place) or what}: {message}{shown}"
 
 
+def inner_model(model: type[BaseModel], field: str) -> type[BaseModel] | None:
+    """The model that a field holds, if it holds one; ``Sizes | None`` holds Sizes.
+
+    Example:
+        >>> from limbeck.recipe import Recipe
+        >>> inner_model(Recipe, "training").__name__, inner_model(Recipe, "seeds")
+        ('Settings', None)
+    """
+    annotation = model.model_fields[field].annotation if field in model.model_fields else None
+    choices = get_args(annotation) or (annotation,)
+    inner = (choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel))
+    return next(inner, None)
+
+
 def _fields_at(model: type[BaseModel], place: Sequence[str]) -> list[str]:
     for part in place:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        choices = get_args(annotation) or (annotation,)  # Sizes | None has the fields of Sizes
-        inner = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)]
-        if not inner:
+        inner = inner_model(model, part)
+        if inner is None:
             break
-        model = inner[0]
+        model = inner
     return list(model.model_fields)

@@ -15,19 +15,30 @@ from torch import nn
 
 import limbeck
 from limbeck.encodings import Encoded
-from limbeck.evaluate import Bootstrap, compare, count_parameters, measure_speed, size_in_bytes
+from limbeck.evaluate import (
+    Bootstrap,
+    compare,
+    count_parameters,
+    quartiles,
+    size_in_bytes,
+    speedups,
+    time_in_turns,
+)
 from limbeck.metrics import Array, get_metric
 from limbeck.objective import PlannedTerm
 from limbeck.recipe import Recipe
 from limbeck.report import Report
-from limbeck.report.report import Curve, Interval, ModelResult
+from limbeck.report.report import Curve, ExtraData, Interval, ModelResult
 from limbeck.schedules import Scheduled
 from limbeck.stage import StageResult
-from limbeck.tasks import VALIDATION, Task, is_regression
+from limbeck.tasks import EXTRA, VALIDATION, Task, is_regression
+from limbeck.tasks.extra import Extra
 from limbeck.teaching import About
 from limbeck.train import FitResult
 
 THROUGHPUT_BATCH = 32
+WITHOUT_EXTRA = "without_extra"
+"""The role of the student that is trained on the training split alone."""
 
 PLAIN = (bool, int, float, str, list, dict, type(None))
 """What a report holds as it is; other options are written as text."""
@@ -43,6 +54,7 @@ class Summary:
         data: The encoded examples.
         device: Where models are timed.
         teacher: The teacher's sizes, for its model may not be here.
+        extra: The extra examples of the student, if there are any.
     """
 
     recipe: Recipe
@@ -50,6 +62,7 @@ class Summary:
     data: Encoded
     device: torch.device
     teacher: About
+    extra: Extra | None = None
 
     def report(
         self,
@@ -58,8 +71,8 @@ class Summary:
         plan: Sequence[PlannedTerm],
         log: list[dict[str, Any]],
         command: str,
-    ) -> Report:
-        """Make the report.
+    ) -> tuple[Report, dict[str, Array]]:
+        """Make the report, and give the resamples that its intervals come from.
 
         Args:
             models: Teacher and baseline (if they are here) and student of the first seed, by role.
@@ -67,23 +80,29 @@ class Summary:
             plan: The preflight's terms.
             log: The run's log.
             command: What to type to repeat the run.
+
+        Returns:
+            The report; and by role the main metric on the data as it is and in each resample, (R + 1,), beside
+            them as ``"speedup"`` that of the student where it was timed.
         """
         metric = get_metric(self.task.metrics[0])
         labels = np.asarray(self.task.splits[VALIDATION].labels)
         bootstrap = Bootstrap(labels, metric, self.recipe.seeds)
         logits = {role: [r.logits[VALIDATION] for r in results[role]] for role in results}
         scores = {role: bootstrap.scores(each) for role, each in logits.items()}
-        speed = self.speed(models)
+        times, speed = self.speed(models)
+        resamples = {**scores, **_speedup(times)}
         first = self.recipe.training.seed
         columns = {
             role: self.column(role, models.get(role), results[role], scores[role], speed.get(role))
             for role in results
+            if role != WITHOUT_EXTRA
         }
-        return Report(
+        report = Report(
             task=self.task.name,
             metric=metric.name,
             higher_is_better=metric.higher_is_better,
-            examples={name: len(rows) for name, rows in self.task.splits.items()},
+            examples=example_counts(self.task, self.extra),
             teacher=columns["teacher"],
             baseline=columns.get("baseline"),
             student=columns["student"],
@@ -98,7 +117,21 @@ class Summary:
             regression=is_regression(self.task),
             throughput_batch=self.throughput_batch(),
             student_class=type(models["student"]).__name__,
+            latency_ratio=Bootstrap.interval(resamples["speedup"]) if "speedup" in resamples else None,
+            extra=self.extra_data(bootstrap, scores),
         )
+        return report, resamples
+
+    def extra_data(self, bootstrap: Bootstrap, scores: Mapping[str, Array]) -> ExtraData | None:
+        """What the extra examples were, and what they gave where a student was trained without them."""
+        if self.extra is None:
+            return None
+        sizes = self.extra.origins, {why: count for why, count in self.extra.dropped.items() if count}
+        if WITHOUT_EXTRA not in scores:
+            return ExtraData(*sizes)
+        sign = 1.0 if bootstrap.metric.higher_is_better else -1.0
+        gain = sign * (scores["student"] - scores[WITHOUT_EXTRA])
+        return ExtraData(*sizes, bootstrap.interval(scores[WITHOUT_EXTRA]), bootstrap.interval(gain))
 
     def column(
         self,
@@ -138,18 +171,31 @@ class Summary:
                 found[name + suffix] = mean(metric(r.logits[split], labels) for r in results)
         return found
 
-    def speed(self, models: Mapping[str, nn.Module]) -> dict[str, tuple[Interval, Interval]]:
-        """Seconds for one example and for a batch, by role; the models take turns."""
+    def speed(
+        self, models: Mapping[str, nn.Module]
+    ) -> tuple[dict[str, Array], dict[str, tuple[Interval, Interval]]]:
+        """Seconds for one example by role and turn; and by role for one example and for a batch, summed up."""
         data = {role: self.data.by_role(role)[VALIDATION] for role in models}
         for model in models.values():
             model.to(self.device)
-        one = measure_speed(models, data, batch_size=1, repeats=60)
-        many = measure_speed(models, data, batch_size=self.throughput_batch(), repeats=15)
-        return {role: (one[role], many[role]) for role in models}
+        one = time_in_turns(models, data, batch_size=1, repeats=60)
+        many = time_in_turns(models, data, batch_size=self.throughput_batch(), repeats=15)
+        return one, {role: (quartiles(one[role]), quartiles(many[role])) for role in models}
 
     def throughput_batch(self) -> int:
         """The batch size that throughput is measured at."""
         return min(THROUGHPUT_BATCH, len(self.data.student[VALIDATION]))
+
+
+def _speedup(times: Mapping[str, Array]) -> dict[str, Array]:
+    """The student's speed-up over the teacher, where both were timed."""
+    return {"speedup": speedups(times["teacher"], times["student"])} if "teacher" in times else {}
+
+
+def example_counts(task: Task, extra: Extra | None) -> dict[str, int]:
+    """The number of examples by split, extra ones among them."""
+    counts = {name: len(rows) for name, rows in task.splits.items()}
+    return counts if extra is None else {**counts, EXTRA: len(extra.rows)}
 
 
 def mean(values: Iterable[float]) -> float:

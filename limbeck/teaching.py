@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from limbeck.cache import (
 from limbeck.cache.folder import ABOUT, ANSWERS, START, TEACHER
 from limbeck.evaluate import count_parameters, size_in_bytes
 from limbeck.metrics import Array
-from limbeck.models import MADE_BY, TeacherStore, fingerprint, make_student, save_model
+from limbeck.models import MADE_BY, TeacherStore, file_digest, fingerprint, make_student, save_model
 from limbeck.pairing import Layers, layers_of
 from limbeck.pretrained import load_tokenizer, most_tokens
 from limbeck.recipe import Recipe, StudentSpec
@@ -349,7 +348,7 @@ def keep_teacher(
         taken=taken,
         answers=digest,
         max_length=recipe.task.max_length,
-        files={name: _sha256(folder / name) for name in _beside(folder)},
+        files={name: file_digest(folder / name) for name in _beside(folder)},
     )
     write_text(own / ABOUT, json.dumps(dataclasses.asdict(about), indent=2))
 
@@ -362,18 +361,10 @@ def _beside(folder: Path) -> list[str]:
     ]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _check_files(folder: Path, about: About) -> None:
     for name, digest in about.files.items():
         path = folder / name
-        if not path.is_file() or _sha256(path) != digest:
+        if not path.is_file() or file_digest(path) != digest:
             wrong = "is damaged" if path.exists() else "is missing"
             raise ValueError(f"{path} {wrong}; finish the cache again with limbeck cache build")
 

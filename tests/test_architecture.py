@@ -28,14 +28,18 @@ LAYERS = [
     "objective checks layerwise stages",
     "distiller witness standin",
     "train report alongside accompanied adapted",
-    "tasks evaluate",
+    "tasks evaluate presets",
     "recipe stage encodings",
-    "models pairing plan keeping frame_model",
-    "teaching",
+    "models pairing plan keeping frame_model belonging",
+    "teaching enlarging",
     "summary remember",
     "run",
+    "suite",
     "progress testing building compat",
+    "search",
     "cli_cache",
+    "cli_distill",
+    "cli_search",
     "cli",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
@@ -139,7 +143,8 @@ def test_public_names():
 
 def public_functions():
     """What the package and its parts export, but for plain values."""
-    for part in ("", ".losses", ".report", ".students", ".tasks", ".teachers", ".train"):
+    parts = (".losses", ".report", ".report.search", ".report.suite", ".students", ".tasks", ".teachers", ".train")
+    for part in ("", ".search", *parts):
         module = importlib.import_module(f"limbeck{part}")
         for name in module.__all__:
             thing = getattr(module, name)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import limbeck
-from limbeck.building import _Build, build_cache
+from limbeck import building
+from limbeck.building import build_cache
 from limbeck.cache import Store, merge, read_manifest
 from limbeck.recipe import Recipe
 from tests import tiny
@@ -149,13 +150,13 @@ def test_fine_tuning_that_was_interrupted_is_not_taken_up_for_other_data(place, 
 def test_an_interrupt_keeps_what_was_said_and_says_so(place, monkeypatch, command):
     tiny.save_classifier(place / "teacher", ["bad", "good"])
     (place / "recipe.yaml").write_text(Recipe.parse(tiny.recipe(place)).to_yaml())
-    shares = _Build._shares
+    shares = building._shares
 
-    def interrupted(build, data):
-        yield next(shares(build, data))
+    def interrupted(run, data):
+        yield next(shares(run, data))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Build, "_shares", interrupted)
+    monkeypatch.setattr(building, "_shares", interrupted)
     status, said = command("cache", "build", place / "recipe.yaml", "--out", place / "signals")
     assert (status, "what the teacher said is kept in" in " ".join(said.split())) == (130, True)
     assert "nothing was begun" not in said

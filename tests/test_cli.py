@@ -75,7 +75,7 @@ def test_whole_run(limbeck, place, tmp_path):
     found = sorted(p.name for p in (tmp_path / "run").iterdir())
     assert found == [
         *("README.md", "checkpoints", "log.jsonl", "made-by.json", "recipe.yaml"),
-        *("report.html", "report.json", "student"),
+        *("report.html", "report.json", "resamples.safetensors", "student"),
     ]
     report = Report.load(tmp_path / "run")
     assert report.seeds == [0, 1]
@@ -148,7 +148,7 @@ def test_another_run_in_the_same_folder_is_refused(limbeck, place, tmp_path):
     limbeck(*main_job(place, tmp_path / "run"))
     failed(
         limbeck(*main_job(place, tmp_path / "run"), "--set", "training.learning_rate=1e-3"),
-        "training.learning_rate is 5e-05 there and 0.001 here",
+        "training.learning_rate: 5e-05 there, 0.001 here",
         "--overwrite",
     )
 
@@ -260,9 +260,10 @@ def test_an_interruption_before_anything_was_begun(limbeck, place, tmp_path, mon
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    for place_of_work in ("limbeck.cli._run", "limbeck.run.distill"):  # --overwrite has deleted nothing yet
+    for place_of_work in ("limbeck.cli_distill._run", "limbeck.run.distill"):
         monkeypatch.setattr(place_of_work, interrupted)
         status, printed = limbeck(*main_job(place, tmp_path / "run"), "--overwrite")
+        # --overwrite has deleted nothing yet
         assert (status, printed.strip()) == (130, "error: interrupted; nothing was begun")
         monkeypatch.undo()
 
@@ -303,6 +304,7 @@ def test_report_command(limbeck, place, tmp_path):
 
 
 LISTED = {
+    "presets": "without a search",
     "losses": "forward_kl",
     "transforms": "standardize",
     "temperatures": "flsw",

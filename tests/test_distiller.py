@@ -228,7 +228,7 @@ def test_labels_that_are_numbers_have_no_number_to_ignore():
     distiller = Distiller(perceptron(outputs=1), None, [Term("labels", loss="label_mse")])
     expected = (perceptron(outputs=1)(features)[:, 0] - labels).square().mean()
     torch.testing.assert_close(distiller(features, labels).loss, expected)
-    assert distiller.count((features, labels)) == {"examples": 6.0}
+    assert distiller.count((features, labels)) == {"examples": 6.0, "labels": 6.0}
 
 
 # ---- padding, masks, parts of a step ---------------------------------------------------------------------------

@@ -11,15 +11,18 @@ from typer.testing import CliRunner
 import limbeck
 from limbeck.cli import app
 from limbeck.recipe import Places, Recipe
+from limbeck.search import Space
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 OBJECTIVES = (ROOT / "docs" / "objectives.md").read_text()
 TEACHERS = (ROOT / "docs" / "teachers.md").read_text()
 LOOPS = (ROOT / "docs" / "loops.md").read_text()
+DATA_PAGE = (ROOT / "docs" / "data.md").read_text()
 STUDENTS = (ROOT / "docs" / "students.md").read_text()
-"""Blocks of these three build on one another."""
-RECIPES = sorted((ROOT / "limbeck" / "recipes").glob("*.yaml"))
+SEARCH = (ROOT / "docs" / "search.md").read_text()
+"""Blocks of these build on one another."""
+RECIPES = sorted(p for p in (ROOT / "limbeck" / "recipes").glob("*.yaml") if not p.stem.startswith("preset-"))
 DATA = {"cifar10": ROOT.parent / "shared" / "data" / "cifar10"}
 """Data of the recipes that name none, where this machine has it."""
 
@@ -36,8 +39,9 @@ def blocks(language, text=README):
 @pytest.mark.parametrize(
     "code",
     [
-        *(*blocks("python"), *blocks("python", OBJECTIVES)),
+        *(*blocks("python"), *blocks("python", OBJECTIVES), *blocks("python", DATA_PAGE)),
         *("".join(blocks("python", t)) for t in (TEACHERS, LOOPS, STUDENTS)),
+        *blocks("python", SEARCH),
     ],
 )
 def test_python_blocks_run(code, tmp_path, monkeypatch):
@@ -69,6 +73,14 @@ def test_terms_of_the_document_are_terms(text):
 def test_students_of_the_document_are_students(text):
     recipe = {"task": {"name": "glue/rte"}, "teacher": {"model": "x"}, **yaml.safe_load(text)}
     assert Recipe.parse(recipe).student.shrink.hidden_size == 256
+
+
+@pytest.mark.parametrize("text", blocks("yaml", SEARCH))
+def test_spaces_of_the_document_are_spaces(text):
+    content = yaml.safe_load(text)
+    space = Space.parse(content["search"])
+    space.check(Recipe.parse(content).resolved(regression=False))
+    assert space.combinations is None
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
@@ -118,3 +130,13 @@ def test_the_two_commands_stand_in_the_first_screen():
     first = README.splitlines()[:25]
     assert any("make demo" in line for line in first)
     assert any("make test" in line for line in first)
+
+
+def test_the_page_on_data_names_every_augmentation_and_a_recipe_takes_its_part():
+    from limbeck.tasks.noise import AUGMENTATIONS
+
+    for name in AUGMENTATIONS:
+        assert f"| `{name}` |" in DATA_PAGE
+    (part,) = blocks("yaml", DATA_PAGE)
+    recipe = Recipe.parse({"task": "docstrings", "teacher": "x", "student": "layers:0", **yaml.safe_load(part)})
+    assert recipe.extra.copies == 4

@@ -14,7 +14,7 @@ from limbeck.losses.transforms import OwnTemperature, Transform, build_temperatu
 from limbeck.reduce import blank, fitting, reduce
 from limbeck.registry import check_options
 from limbeck.schedules import Scheduled, build_schedule, is_schedule, value_at
-from limbeck.types import EXAMPLE_ID, IGNORE_INDEX, Sparse
+from limbeck.types import EXAMPLE_ID, IGNORE_INDEX, LABELS, Sparse
 
 Side = Tensor | tuple[Tensor, ...]
 """What a loss reads of one model: a tensor, or several from several places."""
@@ -76,8 +76,8 @@ class Comparison:
         options = {k: value_at(v, progress, f"{k} of {self.name}") for k, v in self.options.items()}
         if callable(options.get("temperature")):
             options["temperature"] = options["temperature"](student, teacher, mask)
-        if "labels" in self.asks:
-            supplied["labels"] = self._known(labels)
+        if LABELS in self.asks:
+            supplied[LABELS] = self._known(labels)
         if "mask" in self.asks:
             supplied["mask"] = mask
         return self.loss(student, teacher, **options, **supplied)
@@ -91,8 +91,15 @@ class Comparison:
             raise ValueError(f"loss {self.name!r} compares one place with one, got {len(student)}; name one tap")
         return student, teacher
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the loss itself cannot do without the batch's labels."""
+        if LABELS not in self.asks:
+            return False
+        return inspect.signature(self.loss).parameters[LABELS].default is inspect.Parameter.empty
+
     def _known(self, labels: Tensor | None) -> Tensor | None:
-        if labels is None and inspect.signature(self.loss).parameters["labels"].default is inspect.Parameter.empty:
+        if labels is None and self.needs_labels:
             raise ValueError(f"loss {self.name!r} needs labels, and there are none; add them to the batch")
         return labels
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from limbeck.report import plots, tables
@@ -24,13 +24,7 @@ def render_html(report: Report) -> str:
     Returns:
         The page. The same report gives the same page, byte for byte.
     """
-    # Every text in a report is somebody's: names of terms, paths, versions. None may become markup.
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize
-    )
-    environment.filters["units"] = _units
-    source = files("limbeck.report").joinpath("template.html.j2").read_text("utf-8")
-    return environment.from_string(source).render(
+    return page("template.html.j2").render(
         report=report,
         verdict=report.verdict(),
         rows=tables.side_by_side(report),
@@ -40,13 +34,36 @@ def render_html(report: Report) -> str:
         plan=tables.plan_rows(report),
         run=tables.facts_of_run(report),
         environment=tables.environment_rows(report.environment),
-        recipe=tables.recipe_text(report),
+        recipe=tables.recipe_text(report.recipe),
         limits=tables.INTERVAL_NOTES,
-        tap_map=_trusted(plots.tap_map(report)),
-        quality=_trusted(plots.quality_against_latency(report)),
-        scores=_trusted(plots.scores_over_steps(report)),
-        curves=[_trusted(svg) for svg in plots.training_curves(report)],
+        tap_map=trusted(plots.tap_map(report)),
+        quality=trusted(plots.quality_against_latency(report)),
+        scores=trusted(plots.scores_over_steps(report)),
+        curves=[trusted(svg) for svg in plots.training_curves(report)],
     )
+
+
+def page(name: str) -> Template:
+    """Load the template of a page. Every text in a report is somebody's: no text becomes markup."""
+    environment = Environment(
+        loader=FunctionLoader(_source),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+    )
+    environment.filters["units"] = _units
+    return environment.get_template(name)
+
+
+def trusted(svg: str) -> Markup:
+    """Let our own pictures in as markup; they come out of an XML writer, which escaped every text in them."""
+    return Markup(svg)
+
+
+def _source(name: str) -> str:
+    return files("limbeck.report").joinpath(name).read_text("utf-8")
 
 
 def _finalize(value: object) -> object:
@@ -57,8 +74,3 @@ def _finalize(value: object) -> object:
 def _units(text: str) -> str:
     """Keep a number and its unit on one line."""
     return _BEFORE_UNIT.sub("\u00a0", text)
-
-
-def _trusted(svg: str) -> Markup:
-    """Let our own pictures in as markup; they come out of an XML writer, which escaped every text in them."""
-    return Markup(svg)

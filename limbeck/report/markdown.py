@@ -102,10 +102,10 @@ def _front_matter(report: Report) -> str:
 def _models_table(report: Report) -> str:
     rows = tables.side_by_side(report)
     body = [[escape(row.label), *(tables.in_one(c.value, c.detail) for c in row.cells)] for row in rows]
-    return _table(["", *(model.role for model in report.models)], body, numbers_from=1)
+    return table(["", *(model.role for model in report.models)], body, numbers_from=1)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int = 99) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int = 99) -> str:
     """Write a table of Markdown cells, whose columns from one on are set flush right."""
     rules = ["---:" if i >= numbers_from else "---" for i in range(len(head))]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rules, *rows))
@@ -123,24 +123,24 @@ def _plan(report: Report) -> list[str]:
     if not report.plan:
         return []
     rows = [[escape(value) for value in row] for row in tables.plan_rows(report)]
-    return ["## What the student learned from", _table(tables.PLAN_COLUMNS, rows)]
+    return ["## What the student learned from", table(tables.PLAN_COLUMNS, rows)]
 
 
 def _making(report: Report) -> list[str]:
     environment = [(escape(name), escape(value)) for name, value in tables.environment_rows(report.environment)]
-    recipe = tables.recipe_text(report)
+    recipe = tables.recipe_text(report.recipe)
     parts = [
         "## How it was made",
         "\n".join(f"- {name}: {escape(value)}" for name, value in tables.facts_of_run(report)),
-        f"To repeat the run:\n\n{_fenced(report.command, 'sh')}" if report.command else "",
-        _table(("environment", ""), environment) if environment else "",
+        f"To repeat the run:\n\n{fenced(report.command, 'sh')}" if report.command else "",
+        table(("environment", ""), environment) if environment else "",
         "The recipe, with every default filled in:" if recipe else "",
-        _fenced(recipe, "yaml") if recipe else "",
+        fenced(recipe, "yaml") if recipe else "",
     ]
     return [part for part in parts if part]
 
 
-def _fenced(text: str, language: str) -> str:
+def fenced(text: str, language: str) -> str:
     """Put a text in a code block whose fence is longer than any that the text holds."""
     text = clean(text).rstrip("\n")
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)

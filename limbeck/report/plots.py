@@ -17,6 +17,8 @@ from limbeck.report.tables import weight_text
 from limbeck.report.tapmap import tap_map as tap_map
 
 COLOUR = {"teacher": TEACHER, "baseline": BASELINE, "student": STUDENT}
+DRAWN = ("baseline", "student")
+"""The roles whose training is drawn."""
 MARKER = {"teacher": "s", "baseline": "D", "student": "o"}
 LINE = {"teacher": ":", "baseline": (0, (4, 2)), "student": "-"}
 WIDTH, HEIGHT = 350, 235
@@ -53,7 +55,7 @@ def training_curves(report: Report) -> list[str]:
 
     Layers of one group (``hidden.0``, ``hidden.1``) share a picture. The last picture is the learning rate.
     """
-    curves = [c for c in report.curves if c.role != "teacher" and c.steps]
+    curves = [c for c in report.curves if c.role in DRAWN and c.steps]
     groups = _groups(list(dict.fromkeys(name for c in curves for name in c.terms)))
     with style():
         pictures = [
@@ -65,14 +67,14 @@ def training_curves(report: Report) -> list[str]:
 def scores_over_steps(report: Report) -> str:
     """Draw the evaluation score over the steps, for every seed; nothing where none is logged."""
     scale = report.scale
-    curves = [c for c in report.curves if c.role != "teacher" and c.score_steps]
+    curves = [c for c in report.curves if c.role in DRAWN and c.score_steps]
     if not curves:
         return ""
     with style():
         figure, axes = panel(WIDTH, HEIGHT)
         level = scale.factor * report.teacher.score.value
         axes.axhline(level, color=TEACHER, linestyle=LINE["teacher"], linewidth=1.4, label="teacher, final")
-        for role in ("baseline", "student"):
+        for role in DRAWN:
             _draw_seeds(axes, [c for c in curves if c.role == role], scale)
         axes.set_ylabel(_score_label(report, scale))
         ticks(axes.yaxis, ".4g")
@@ -124,7 +126,7 @@ def _term_panel(curves: list[Curve], group: str, names: list[str], number: int) 
     """Draw one group of terms: one line per term and role, the mean over the seeds."""
     figure, axes = panel(WIDTH, HEIGHT)
     drawn: list[float] = []
-    for role in ("baseline", "student"):
+    for role in DRAWN:
         of_role = [c for c in curves if c.role == role]
         present = [name for name in names if any(name in c.terms for c in of_role)]
         for place, name in enumerate(present):

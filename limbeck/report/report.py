@@ -105,11 +105,29 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class ExtraData:
+    """What the student learned from beside the training data, labelled by the teacher alone.
+
+    Attributes:
+        origins: Number of extra examples by where they came from.
+        dropped: Number of those that were left out, by the reason.
+        score: The main metric of the student's twin that was trained without them, with as many updates; None
+            where none was trained.
+        gain: Student minus that twin, in the metric's unit, paired over the examples; likewise.
+    """
+
+    origins: dict[str, int]
+    dropped: dict[str, int]
+    score: Interval | None = None
+    gain: Interval | None = None
+
+
+@dataclass(frozen=True)
 class Curve:
     """What the log of one training holds.
 
     Attributes:
-        role: ``"teacher"``, ``"baseline"`` or ``"student"``.
+        role: ``"teacher"``, ``"baseline"``, ``"student"``, or ``"without_extra"``, the student without these data.
         seed: The seed of this training.
         steps: Step of each logged loss.
         terms: Unweighted value of each term at these steps.
@@ -152,6 +170,9 @@ class Report:
         regression: Whether the task predicts a number; agreement is a correlation then.
         throughput_batch: Batch size at which throughput was measured.
         student_class: Class of the student, ``BertForSequenceClassification``.
+        latency_ratio: The teacher's median time for one example over the student's, with its 95 % interval over
+            the timed turns; None where one was not timed, or in reports of earlier versions.
+        extra: What the student learned from beside the training data; None where nothing.
 
     Example:
         >>> report = example()
@@ -179,6 +200,8 @@ class Report:
     regression: bool = False
     throughput_batch: int = 32
     student_class: str = ""
+    latency_ratio: Interval | None = None
+    extra: ExtraData | None = None
 
     @property
     def models(self) -> list[ModelResult]:
@@ -248,9 +271,12 @@ class Report:
         if version != FORMAT:
             raise ValueError(f"the report has format {version}, this limbeck reads format {FORMAT}")
         data["comparison"] = data["comparison"] and _comparison(data["comparison"])
+        if data.get("extra"):
+            data["extra"] = ExtraData(**_with_intervals(data["extra"], ("score", "gain")))
         for role in ("teacher", "baseline", "student"):
             data[role] = data[role] and _model(data[role])
         data["curves"] = [Curve(**c) for c in data["curves"]]
+        data["latency_ratio"] = interval_of(data.get("latency_ratio"))
         return cls(**data)
 
     @classmethod
@@ -285,12 +311,18 @@ def _value(interval: Interval | None) -> float:
     return interval.value
 
 
-def _interval(data: Mapping[str, float] | None) -> Interval | None:
+def interval_of(data: Mapping[str, float] | None) -> Interval | None:
+    """An interval as JSON has it.
+
+    Example:
+        >>> interval_of({"value": 0.5, "low": 0.25, "high": 0.75}).low
+        0.25
+    """
     return None if data is None else Interval(**data)
 
 
 def _with_intervals(data: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {key: _interval(value) if key in names else value for key, value in data.items()}
+    return {key: interval_of(value) if key in names else value for key, value in data.items()}
 
 
 def _model(data: Mapping[str, Any]) -> ModelResult:

@@ -9,7 +9,7 @@ from typing import Any
 
 from limbeck.report import format as write
 from limbeck.report.format import NOTHING, Scale, one_line
-from limbeck.report.report import Comparison, Interval, ModelResult, Report
+from limbeck.report.report import Comparison, ExtraData, Interval, ModelResult, Report
 
 PLAN_COLUMNS = ("term", "loss", "student tap", "teacher tap", "weight", "projection", "parameters")
 
@@ -98,7 +98,8 @@ def side_by_side(report: Report) -> list[Row]:
 def comparison_facts(report: Report) -> list[Fact]:
     """Build what the comparison says: quality first (where there is a baseline), then speed and size."""
     quality = [] if report.comparison is None else _quality_facts(report, report.comparison)
-    return [*quality, *_speed_facts(report)]
+    extra = [] if report.extra is None else _extra_facts(report, report.extra)
+    return [*quality, *extra, *_speed_facts(report)]
 
 
 def ratio_note(comparison: Comparison) -> str:
@@ -140,11 +141,11 @@ def environment_rows(environment: Mapping[str, Any], above: str = "") -> list[tu
     return rows
 
 
-def recipe_text(report: Report) -> str:
-    """Write the resolved recipe as YAML."""
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """Write a resolved recipe as YAML."""
     import yaml
 
-    plain = json.loads(json.dumps(report.recipe, default=str))  # paths and the like become text
+    plain = json.loads(json.dumps(recipe, default=str))  # paths and the like become text
     return write.clean(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)) if plain else ""
 
 
@@ -268,6 +269,25 @@ def _retention_facts(report: Report, comparison: Comparison) -> list[Fact]:
             f"The student's {one_line(report.metric)} over the teacher's, on the same evaluation examples.{lower}",
         )
     ]
+
+
+def _extra_facts(report: Report, extra: ExtraData) -> list[Fact]:
+    """What the student learned from beside the training data, and what that gave."""
+    count = sum(extra.origins.values())
+    parts = ", ".join(f"{number:,} {one_line(name)}" for name, number in extra.origins.items())
+    left = ", ".join(f"{number:,} {one_line(why)}" for why, number in extra.dropped.items())
+    meaning = f"Examples without a label, for the student alone; the teacher says what to learn of them: {parts}."
+    facts = [Fact("Extra data", f"{count:,} examples", "", f"{meaning} Left out: {left}." if left else meaning)]
+    if extra.gain is None or extra.score is None:
+        return facts
+    scale, gain = report.scale, extra.gain
+    twin = f"{scale.write(extra.score.value)} {scale.ends(extra.score)}"
+    said = (
+        f"Student minus the student without the extra data, which reaches {twin} with the same start and as many "
+        f"updates; paired over the evaluation examples.{_noise(gain)}"
+    )
+    shown = scale.signed(gain.value) + scale.unit, scale.signed_ends(gain)
+    return [*facts, Fact("Gain of extra data", *shown, said)]
 
 
 def _speed_facts(report: Report) -> list[Fact]:

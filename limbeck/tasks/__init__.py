@@ -4,9 +4,22 @@ import importlib
 import inspect
 
 from limbeck.registry import nearest
-from limbeck.tasks.base import HOLDOUT, TASKS, TRAIN, VALIDATION, Loaded, Rows, Task, TaskOptions, is_regression
+from limbeck.tasks.base import (
+    EXTRA,
+    HOLDOUT,
+    TASKS,
+    TRAIN,
+    VALIDATION,
+    Loaded,
+    Rows,
+    Task,
+    TaskOptions,
+    is_regression,
+    reads_texts,
+)
 
 __all__ = [
+    "EXTRA",
     "HOLDOUT",
     "TASKS",
     "TRAIN",
@@ -18,6 +31,7 @@ __all__ = [
     "about_tasks",
     "is_regression",
     "make_task",
+    "reads_texts",
     "task_names",
 ]
 

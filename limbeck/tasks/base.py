@@ -19,6 +19,8 @@ from limbeck.train import Examples
 TRAIN = "train"
 VALIDATION = "validation"
 HOLDOUT = "holdout"
+EXTRA = "extra"
+"""The split of examples without labels that the student alone is trained on; see `limbeck.tasks.extra`."""
 
 MOST_TEXTS = 2
 """Texts that one example may consist of; tokenizers join a pair, and no more."""
@@ -149,6 +151,18 @@ def is_regression(task: Task) -> bool:
         False
     """
     return not task.labels
+
+
+def reads_texts(task: Task) -> bool:
+    """Whether the inputs of a task are texts or pairs of texts.
+
+    Example:
+        >>> from limbeck.tasks import make_task
+        >>> reads_texts(make_task(TaskOptions(name="digits")))
+        False
+    """
+    first = next(iter(task.splits[TRAIN].inputs), None)
+    return isinstance(first, tuple) and all(isinstance(text, str) for text in first)
 
 
 TASKS: Registry[Callable[..., Task]] = Registry("task")

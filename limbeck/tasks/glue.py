@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 HUB = "nyu-mll/glue"
+ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,40 @@ GLUE = {
     "wnli": Description(("sentence1", "sentence2"), ("not_entailment", "entailment"), ("accuracy",)),
 }
 
+LEFT_OUT = ("wnli",)
+"""Of all tasks: WNLI's validation sentences come back from training with the opposite label."""
+
 SPLITS = {TRAIN: (TRAIN,), VALIDATION: (VALIDATION, "validation_matched")}
 MNLI_SPLITS = {**SPLITS, "validation_mismatched": ("validation_mismatched",)}
+
+
+def tasks_of_suite(name: str) -> tuple[str, ...]:
+    """The tasks that a name stands for, where it stands for several: ``glue/all``, ``glue/cola,rte``.
+
+    Returns:
+        Their short names; none where the name is that of one task.
+
+    Raises:
+        ValueError: a task that there is not, or that stands twice.
+
+    Example:
+        >>> tasks_of_suite("glue/all")
+        ('cola', 'sst2', 'mrpc', 'stsb', 'qqp', 'mnli', 'qnli', 'rte')
+        >>> tasks_of_suite("glue/cola,rte"), tasks_of_suite("glue/rte"), tasks_of_suite("table")
+        (('cola', 'rte'), (), ())
+    """
+    kind, _, names = name.partition("/")
+    if kind != "glue" or (names != ALL and "," not in names):
+        return ()
+    if names == ALL:
+        return tuple(one for one in GLUE if one not in LEFT_OUT)
+    chosen = tuple(one.strip() for one in names.split(","))
+    for one in chosen:
+        if one not in GLUE:
+            raise ValueError(f"unknown GLUE task {one!r} in {name!r}; {nearest(one, GLUE)}")
+        if chosen.count(one) > 1:
+            raise ValueError(f"the task {one!r} stands twice in {name!r}; name it once")
+    return chosen
 
 
 @TASKS.register_as("glue")
@@ -66,6 +99,11 @@ def glue(options: TaskOptions) -> TextTask:
             be had from the hub.
     """
     name = options.name.removeprefix("glue/")
+    if tasks_of_suite(options.name):
+        raise ValueError(
+            f"{options.name} names several tasks, and this is for one; limbeck distill runs them one by one, and "
+            "in Python limbeck.suite.distill_suite"
+        )
     if name not in GLUE:
         raise ValueError(f"unknown GLUE task {name!r}; {nearest(name, GLUE)}")
     check_taken(options, ["data", "max_length"])

@@ -5,15 +5,21 @@ A student of a large teacher may learn from texts that have no labels, so noisy 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
+
+from limbeck.registry import Registry
 
 T = TypeVar("T")
 Generator = np.random.Generator | np.random.RandomState
 
+AUGMENTATIONS: Registry[Callable[..., Any]] = Registry("augmentation")
+"""What changes the words of a text, by the names of a recipe: ``(words, generator, *, options) -> words``."""
 
+
+@AUGMENTATIONS.register_as("mask")
 def masking(
     tokens: Sequence[T], generator: Generator, *, p: float = 0.1, mask: T | str = "[MASK]"
 ) -> list[T | str]:
@@ -36,6 +42,7 @@ def masking(
     return [mask if generator.random() < p else token for token in tokens]
 
 
+@AUGMENTATIONS.register_as("delete")
 def deleting(tokens: Sequence[T], generator: Generator, *, p: float = 0.1) -> list[T]:
     """Leave each token out with the probability `p`.
 
@@ -56,6 +63,7 @@ def deleting(tokens: Sequence[T], generator: Generator, *, p: float = 0.1) -> li
     return [token for token, stays in zip(tokens, kept, strict=True) if stays]
 
 
+@AUGMENTATIONS.register_as("ngram")
 def n_gram_sampling(
     tokens: Sequence[T],
     generator: Generator,
@@ -88,6 +96,7 @@ SHORT = ((0, 1, 2), (1, 0), (2, 1, 0), (2, 0, 1), (1, 2, 0))
 """How the next three tokens may come out: as they are, or in one of four other orders."""
 
 
+@AUGMENTATIONS.register_as("shuffle")
 def short_disorder(
     tokens: Sequence[T], generator: Generator, *, probabilities: Sequence[float] = (0.9, 0.1, 0, 0, 0)
 ) -> list[T]:
@@ -119,6 +128,7 @@ def short_disorder(
     return out
 
 
+@AUGMENTATIONS.register_as("long_shuffle")
 def long_disorder(tokens: Sequence[T], generator: Generator, *, p: float = 0.1, length: float = 20) -> list[T]:
     """Exchange the halves of spans.
 
@@ -148,6 +158,40 @@ def long_disorder(tokens: Sequence[T], generator: Generator, *, p: float = 0.1, 
         else:
             place += 1
     return out
+
+
+@AUGMENTATIONS.register_as("replace")
+@AUGMENTATIONS.register_as("masked_lm")
+def replacing(
+    tokens: Sequence[T], generator: Generator, *, candidates: Sequence[Sequence[T]], p: float = 0.4, k: int = 15
+) -> list[T]:
+    """Replace each token by one of its candidates with the probability `p`.
+
+    Args:
+        tokens: Tokens or their numbers.
+        generator: What draws.
+        candidates: What may stand for each token, the likeliest first; one without any stays.
+        p: From 0 to 1.
+        k: How many of the candidates are drawn from, all of them alike.
+
+    Raises:
+        ValueError: p is no probability, k is below 1, or not as many lists of candidates as tokens.
+
+    Example:
+        >>> near = [[], ["hot", "cool"], ["hall"]]
+        >>> replacing(["a", "warm", "room"], np.random.default_rng(2), candidates=near, p=0.5)
+        ['a', 'hot', 'room']
+
+    Reference:
+        Jiao et al. 2020, TinyBERT, arXiv:1909.10351, algorithm 1 (p 0.4, K 15).
+    """
+    _check_probability(p)
+    if not k >= 1:
+        raise ValueError(f"k is the number of candidates, at least 1, got {k!r}")
+    return [
+        near[int(generator.choice(min(k, len(near))))] if near and generator.random() < p else token
+        for token, near in zip(tokens, candidates, strict=True)
+    ]
 
 
 def _check_probability(p: float) -> None:

@@ -39,6 +39,8 @@ class State:
         checkpoint: The newest checkpoint, or None.
         stop: Why to stop after this step; empty to go on. Set in `Callback.on_step`, the step is still evaluated
             and saved; set in `Callback.on_checkpoint`, it counts after the next step.
+        pause: Whether to end after this step as Ctrl-C does: with a checkpoint from which the next start goes on
+            as if nothing had been, and `KeyboardInterrupt`. Set in `Callback.on_step`.
     """
 
     distiller: Distiller
@@ -62,6 +64,7 @@ class State:
     history: list[tuple[int, float]] = field(default_factory=list)
     checkpoint: Path | None = None
     stop: str = ""
+    pause: bool = False
 
     KEPT: ClassVar[tuple[str, ...]] = (
         *("step", "epoch", "position", "seconds", "teacher_seconds", "examples"),

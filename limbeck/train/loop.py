@@ -304,7 +304,7 @@ class _Training:
         Rank 0 alone has callbacks and watches the clock, and its word on stopping counts; a signal to any counts.
         """
         accelerator, state = self.accelerator, self.state
-        stop, interrupted = bool(state.stop), self.interrupts.asked
+        stop, interrupted = bool(state.stop), self.interrupts.asked or state.pause
         if accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 

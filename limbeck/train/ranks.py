@@ -324,3 +324,22 @@ class Interrupts:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def process_state(several: bool) -> Any:
+    """This process among those that were started, and its device.
+
+    Args:
+        several: Whether this may be one of several.
+
+    Raises:
+        ValueError: several processes were started, and only one may be.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else it starts one alone on a CPU
+    if state.num_processes > 1 and not several:
+        raise ValueError(
+            f"a run is one process, and {state.num_processes} were started; for several ranks call limbeck.fit"
+        )
+    return state

@@ -1,0 +1,131 @@
+"""Several processes that work on one search, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+from limbeck.plan import Observer
+from limbeck.recipe import Recipe
+from limbeck.report.candidates import Demands
+from limbeck.search.space import Space
+
+LOOK_SECONDS = 0.5
+PATIENCE_SECONDS = 120.0
+"""How long workers may take to write a checkpoint when they are told to end."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker has to know.
+
+    Attributes:
+        recipe: The ground's, as JSON.
+        folder: The search's.
+        space: As it is written in a recipe.
+        study: Arguments of `limbeck.search.study.Study` beside these.
+        demands: What is asked of a student.
+        trials: How many there shall be in the study.
+        until: When the time is over, in seconds since 1970.
+        threads: Of each worker.
+    """
+
+    recipe: Mapping[str, Any]
+    folder: str
+    space: Mapping[str, str]
+    study: Mapping[str, Any]
+    demands: Demands
+    trials: int
+    until: float | None
+    threads: int
+
+
+def employ(job: Job, count: int, look: Callable[[], None], observer: Observer) -> None:
+    """Let workers do trials until none is left or the time is over.
+
+    A worker that dies is told of and replaced; its trial is taken up by whoever is free. A trial that kills every
+    worker fails in the end, so this ends.
+
+    Args:
+        job: What they do.
+        count: How many they are.
+        look: Called from time to time, to tell of trials that were finished.
+        observer: What watches.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; what workers had trained is kept.
+        RuntimeError: a worker could not go on, as where the disk is full.
+    """
+    context = multiprocessing.get_context("spawn")
+    stop, troubles = context.Event(), context.SimpleQueue()
+
+    def hire() -> BaseProcess:
+        worker = context.Process(target=_work, args=(job, stop, troubles))
+        worker.start()
+        return worker
+
+    workers = [hire() for _ in range(count)]
+    try:
+        while workers:
+            time.sleep(LOOK_SECONDS)
+            look()
+            for worker in [each for each in workers if not each.is_alive()]:
+                workers.remove(worker)
+                if not troubles.empty():
+                    raise RuntimeError(troubles.get())
+                if worker.exitcode:
+                    observer.on_note(f"a worker died ({_cause(worker.exitcode)}); its trial is taken up")
+                    workers.append(hire())
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join(PATIENCE_SECONDS)
+        for worker in workers:
+            worker.kill()
+        look()
+
+
+def _cause(code: int) -> str:
+    """Why a process ended.
+
+    Example:
+        >>> _cause(-9), _cause(1)
+        ('SIGKILL', 'exit status 1')
+    """
+    return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
+
+def _work(job: Job, stop: Event, troubles: SimpleQueue[str]) -> None:
+    """What one worker does."""
+    import torch
+
+    from limbeck.search.ground import Ground
+    from limbeck.search.study import Study
+    from limbeck.search.trial import Clock, Trials
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def told() -> bool:
+        return stop.is_set() or not parent.is_alive()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells all of Ctrl-C, and the first process decides
+    torch.set_num_threads(job.threads)
+    try:
+        ground = Ground(Recipe.parse(job.recipe), Path(job.folder), Observer())
+        ground.join()
+        study = Study(Path(job.folder), Space.parse(job.space), **job.study)
+        Trials(ground, study, job.demands, Clock(job.until, told), Observer()).execute(job.trials)
+    except KeyboardInterrupt:
+        return
+    except Exception as error:
+        troubles.put(" ".join(str(error).split()) or type(error).__name__)
+        raise SystemExit(1) from None
