@@ -151,8 +151,7 @@ def print_suite(report: SuiteReport, console: Console) -> None:
         >>> from rich.console import Console
         >>> from limbeck.report.suite.report import example
         >>> print_suite(example(), Console(width=80))
-        Over 2 tasks the student keeps 98.0% of its teacher, 2.0 times as fast (batch
-        1)...
+        Over 2 tasks the student keeps 98.0% of its teacher...
     """
     from rich.table import Table
     from rich.text import Text
