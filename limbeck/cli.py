@@ -17,6 +17,7 @@ from rich.console import Console
 
 from limbeck.cli_cache import Interrupted, recipe_file
 from limbeck.cli_cache import app as cache_app
+from limbeck.cli_deploy import evaluate, export
 from limbeck.registry import closest, nearest
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cache_app, name="cache")
+app.command()(export)
+app.command()(evaluate)
 console = Console()
 errors = Console(stderr=True)
 

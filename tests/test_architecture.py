@@ -31,11 +31,11 @@ LAYERS = [
     "tasks evaluate",
     "recipe stage encodings",
     "models pairing plan keeping frame_model",
-    "teaching",
+    "teaching deploy",
     "summary remember",
     "run",
     "progress testing building compat",
-    "cli_cache",
+    "cli_cache cli_deploy",
     "cli",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
@@ -139,7 +139,7 @@ def test_public_names():
 
 def public_functions():
     """What the package and its parts export, but for plain values."""
-    for part in ("", ".losses", ".report", ".students", ".tasks", ".teachers", ".train"):
+    for part in ("", ".deploy", ".losses", ".report", ".students", ".tasks", ".teachers", ".train"):
         module = importlib.import_module(f"limbeck{part}")
         for name in module.__all__:
             thing = getattr(module, name)
