@@ -2,8 +2,8 @@
 
     python examples/serve_onnx.py EXPORT "a text" ["another text"]       pairs of texts: "one ||| two"
 
-EXPORT is the folder that ``limbeck export`` wrote. For each text: the label and its probability, or the number that
-is predicted.
+EXPORT is the folder that ``limbeck export`` wrote. For each text: the label and its probability, or the predicted
+number.
 """
 
 from __future__ import annotations
