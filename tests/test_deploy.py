@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -42,15 +43,16 @@ def place(tmp_path_factory):
     folder = tiny.place_of(tmp_path_factory.mktemp("place"))
     teacher = {
         "model": str(folder / "teacher"),
-        "training": {"epochs": 20, "batch_size": 8, "learning_rate": 5e-3},
+        "training": {"epochs": 8, "batch_size": 8, "learning_rate": 5e-3},
     }
-    limbeck.distill(tiny.recipe(folder, teacher=teacher), folder / "run")
+    limbeck.distill(tiny.recipe(folder, teacher=teacher, baseline=False), folder / "run")
     for name, options in {
         "onnx": ExportOptions(),
         "int8": ExportOptions(int8=True, optimise=True, allowance=0.1),
         "torch": ExportOptions("torch"),
     }.items():
         export(find_source(str(folder / "run"), "teacher"), folder / name, options)
+    export(find_source(str(folder / "run")), folder / "student", ExportOptions(opset=18))
     return folder
 
 
@@ -106,7 +108,12 @@ def test_int8_is_smaller_and_its_parity_is_what_one_counts_by_hand(place):
     assert small.parity.examples == count
     assert small.parity.agreement == pytest.approx(agree / count)
     assert small.parity.score_after == pytest.approx(right / count)
-    assert small.parity.greatest_difference == pytest.approx(worst, rel=0.5)  # batches quantise together
+    together = source.examples.batch(range(count))  # whose activations are quantised together
+    with torch.no_grad():
+        ours = source.model(**{k: together[k] for k in ("input_ids", "attention_mask")}).logits
+    worst = max(worst, float((ours - exported(**together)).abs().max()))
+    assert count <= 16  # the check takes as many alone, and as many together
+    assert small.parity.greatest_difference == pytest.approx(worst, rel=1e-3)
     assert small.parity.greatest_difference > large.parity.greatest_difference
     assert small.size_bytes < large.size_bytes
 
@@ -122,16 +129,7 @@ def test_the_manifest_says_where_the_model_came_from(place):
     assert made.parameters == sum(p.numel() for p in find_source(str(place / "run"), "teacher").model.parameters())
 
 
-def test_the_student_of_a_run_is_the_one_it_saved(place, tmp_path):
-    made = export(find_source(str(place / "run")), tmp_path / "out")
-    exported = open_onnx(tmp_path / "out" / made.file)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    said = [exported(**_without_types(tokenizer(text, return_tensors="pt"))).numpy()[0] for text in TEXTS]
-    assert np.allclose(said, logits_of(place / "run" / "student", TEXTS), atol=1e-5)
-
-
-def test_serving_needs_onnxruntime_and_tokenizers_only(place, tmp_path):
-    export(find_source(str(place / "run")), tmp_path / "out")
+def test_serving_the_student_needs_onnxruntime_and_tokenizers_only(place):
     script = f"""
 import importlib.util, json, sys
 for name in ("torch", "transformers", "limbeck"):
@@ -139,7 +137,7 @@ for name in ("torch", "transformers", "limbeck"):
 spec = importlib.util.spec_from_file_location("serve", {str(EXAMPLE)!r})
 serve = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(serve)
-model = serve.Classifier({str(tmp_path / "out")!r})
+model = serve.Classifier({str(place / "student")!r})
 print(json.dumps([model.logits({TEXTS!r}).tolist(), model.answers({TEXTS!r})]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -152,15 +150,11 @@ print(json.dumps([model.logits({TEXTS!r}).tolist(), model.answers({TEXTS!r})]))
 
 
 KINDS = {
-    "BertForSequenceClassification": transformers.BertConfig(**SIZES, max_position_embeddings=32, vocab_size=40),
     "RobertaForSequenceClassification": transformers.RobertaConfig(
         **SIZES, max_position_embeddings=34, vocab_size=40, pad_token_id=1, bos_token_id=0, eos_token_id=2
     ),
     "DistilBertForSequenceClassification": transformers.DistilBertConfig(
         dim=16, hidden_dim=32, n_layers=1, n_heads=2, vocab_size=40, max_position_embeddings=32
-    ),
-    "ElectraForSequenceClassification": transformers.ElectraConfig(
-        **SIZES, embedding_size=16, vocab_size=40, max_position_embeddings=32
     ),
 }
 
@@ -194,14 +188,11 @@ def test_encoders_of_transformers(name, tmp_path):
             parameter.add_(0.1 * torch.randn_like(parameter))
     source = Source(model, Pads(), texts_of(pad=1), "numbers", "accuracy", (), 32, None, {})
     before = model.config._attn_implementation
-    made = export(source, tmp_path / "out", ExportOptions(int8=True, allowance=1.0))
-    assert made.parity.greatest_difference < 0.5
+    assert export(source, tmp_path / "out").parity.greatest_difference <= 1e-4
     assert model.config._attn_implementation == before
-    assert export(source, tmp_path / "plain").parity.greatest_difference <= 1e-4
 
 
-@pytest.mark.parametrize("format", ["onnx", "torch"])
-@pytest.mark.parametrize("kind", ["ViT", "ResNet"])
+@pytest.mark.parametrize(("kind", "format"), [("ViT", "onnx"), ("ResNet", "torch")])
 def test_image_models(kind, format, tmp_path):
     torch.manual_seed(0)
     if kind == "ViT":
@@ -221,19 +212,19 @@ def test_image_models(kind, format, tmp_path):
 def test_a_transformers_folder_is_checked_with_given_texts(tmp_path):
     folder = tiny.save_classifier(tmp_path / "model", ["no", "yes"])
     (tmp_path / "texts.txt").write_text("\n".join(tiny.table(12)["text"]))
-    made = export(find_source(str(folder), texts=tmp_path / "texts.txt"), tmp_path / "out")
+    source = find_source(str(folder), texts=tmp_path / "texts.txt")
+    made = export(source, tmp_path / "out", ExportOptions("torch"))
     assert (made.parity.metric, made.parity.examples, made.labels) == (None, 12, ["no", "yes"])
-    said = open_onnx(tmp_path / "out" / made.file)
+    said = open_program(tmp_path / "out" / made.file, made.inputs)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     inputs = _without_types(tokenizer(TEXTS[0], return_tensors="pt"))
-    assert np.allclose(said(**inputs).numpy(), logits_of(folder, TEXTS[:1]), atol=1e-5)
+    assert np.allclose(said(**inputs).detach().numpy(), logits_of(folder, TEXTS[:1]), atol=1e-5)
 
 
-@pytest.mark.parametrize("opset", [18, 21])
-def test_the_opset_is_the_one_that_was_asked_for(place, tmp_path, opset):
-    made = export(find_source(str(place / "run")), tmp_path / "out", ExportOptions(opset=opset))
-    graph = onnx.load(tmp_path / "out" / made.file)
-    assert (made.opset, [each.version for each in graph.opset_import if not each.domain]) == (opset, [opset])
+def test_the_opset_is_the_one_that_was_asked_for(place):
+    made = Manifest.load(place / "student")
+    graph = onnx.load(place / "student" / made.file)
+    assert (made.opset, [each.version for each in graph.opset_import if not each.domain]) == (18, [18])
 
 
 # What is refused, with nothing left
@@ -299,6 +290,7 @@ def test_int8_that_loses_too_much_leaves_nothing(tmp_path):
     with torch.no_grad():
         model.weight.mul_(1e-3)  # all weights are alike but for what int8 rounds away
         model.weight.add_(1.0)
+        model.bias.zero_()
     source = numbers(model, 64)
     source = dataclasses.replace(source, metric=None)
     with pytest.raises(ValueError, match=r"agrees with PyTorch on .* of the noise, which is less than 99.0%"):
@@ -343,9 +335,8 @@ def test_values_that_are_no_numbers_are_never_close():
         (["run", "--role", "techer"], "a run has no 'techer' to export; did you mean 'teacher'?"),
         (["run", "--task", "digits"], "which has its task and data; leave --task and --texts out"),
         (["run", "--opset", "99"], "opset 99"),
-        (["run", "--opset", "9"], "opset 9"),
         (["data.csv"], "is a file; name the folder"),
-        (["store"], "holds no run and no transformers model"),
+        (["store"], "holds neither a run nor a transformers model"),
         (["onnx"], "holds a model that was exported already"),
         (["./nothing"], "there is no model at"),
         (["teacher"], "either --task or --texts FILE"),
@@ -386,16 +377,16 @@ def test_folders_that_hold_other_things_stay_as_they_are(place, tmp_path, comman
     status, printed = command("export", place / "run", "--out", out, "--overwrite")
     assert (status, "holds other things" in printed) == (2, True)
     (out / "thesis.txt").unlink()
-    assert command("export", place / "run", "--out", out)[0] == 0
+    assert command("export", place / "run", "--out", out, "--format", "torch")[0] == 0
     status, printed = command("export", place / "run", "--out", out)
     assert (status, "holds an export already" in printed) == (2, True)
     (out / "thesis.txt").write_text("mine")
     status, printed = command("export", place / "run", "--out", out, "--overwrite")
     assert (status, "beside an export (thesis.txt)" in printed) == (2, True)
     (out / "thesis.txt").unlink()
-    assert command("export", place / "run", "--out", out, "--overwrite", "--int8", "--allowance", "1")[0] == 0
-    assert Manifest.load(out).file == "model-int8.onnx"
-    assert not (out / "model.onnx").exists()
+    assert command("export", place / "run", "--out", out, "--overwrite", "--role", "teacher")[0] == 0
+    assert Manifest.load(out).file == "model.onnx"
+    assert not (out / "model.pt2").exists()
 
 
 def test_the_extra_is_named_where_it_is_missing(place, tmp_path, monkeypatch, command):
@@ -407,7 +398,8 @@ def test_the_extra_is_named_where_it_is_missing(place, tmp_path, monkeypatch, co
 
 
 def test_a_damaged_model_is_refused(place, tmp_path):
-    made = export(find_source(str(place / "run")), tmp_path / "out")
+    shutil.copytree(place / "student", tmp_path / "out")
+    made = Manifest.load(tmp_path / "out")
     path = tmp_path / "out" / made.file
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match="is not the file that"):

@@ -17,7 +17,7 @@ from torch import nn
 
 from limbeck.deploy.manifest import MANIFEST, Manifest, versions
 from limbeck.deploy.served import open_onnx, open_program
-from limbeck.deploy.sources import ROLES, STUDENT, check_is_model, is_run, load_for, load_of_run, read_run
+from limbeck.deploy.sources import ROLES, check_is_model, is_run, load_for, load_of_run, read_run
 from limbeck.evaluate import Bootstrap, agreement, count_parameters, quartiles, size_in_bytes, times_in_turns
 from limbeck.metrics import Array, get_metric
 from limbeck.pretrained import load_tokenizer, most_tokens
@@ -26,6 +26,7 @@ from limbeck.tasks import VALIDATION, Rows, Task, TaskOptions, is_regression, ma
 from limbeck.tasks.pixels import load_pixels
 from limbeck.tasks.text import Padding, TextTask
 from limbeck.train import Examples, predict
+from limbeck.types import STUDENT
 
 REPEATS, WARMUP = 60, 5
 FORMAT = 1

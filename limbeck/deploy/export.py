@@ -248,9 +248,11 @@ def _int8_parity(source: Source, exported: nn.Module, checked: Any, options: Exp
     difference = greatest_difference(source.model, exported, checked)
     parity = compared(source.model, exported, source.examples, source.inputs, source.metric, difference)
     check_kept(parity, options.allowance)
-    scores = f", {parity.metric} {parity.score_before:.4f} before and {parity.score_after:.4f} after"
+    scores = ""
+    if parity.metric is not None:
+        scores = f", {parity.metric} {parity.score_before:.4f} before and {parity.score_after:.4f} after"
     say(
         f"int8: greatest difference from PyTorch {difference:.2g}, {parity.agreement:.2%} agreement on "
-        f"{parity.examples} examples{scores if parity.metric else ''}"
+        f"{parity.examples} examples{scores}"
     )
     return parity

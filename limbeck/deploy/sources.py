@@ -22,8 +22,8 @@ from limbeck.tasks import VALIDATION, Loaded, Task, TaskOptions, make_task
 from limbeck.tasks.text import TextTask, encode_texts
 from limbeck.train import Examples
 from limbeck.train.checkpoint import load_weights
+from limbeck.types import STUDENT, TEACHER
 
-STUDENT, TEACHER = "student", "teacher"
 ROLES = (STUDENT, TEACHER)
 RECIPE = "recipe.yaml"
 CONFIG = "config.json"
