@@ -4,7 +4,7 @@ Models take turns on the same inputs: batch 1, token ids at random, no padding. 
 over the student's of the same turn. Heads are new: what a model says does not change what it costs.
 
 On a busy machine medians flatter the small ones, which are done before they are interrupted; there the last two
-columns count, of the fastest turn of each, which nothing disturbed.
+columns count, of the fastest turn of each, which was disturbed least.
 
     python benchmarks/deploy.py [--threads 1] [--repeats 60] [--model PATH]
 """
