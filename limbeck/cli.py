@@ -15,6 +15,7 @@ from rich.console import Console
 
 from limbeck.cli_cache import Interrupted
 from limbeck.cli_cache import app as cache_app
+from limbeck.cli_deploy import evaluate, export
 from limbeck.cli_distill import NOTHING_BEGUN, Debug, demo, distill
 from limbeck.cli_search import search
 from limbeck.registry import nearest
@@ -36,6 +37,8 @@ app.command()(demo)
 app.command()(distill)
 app.add_typer(cache_app, name="cache")
 app.command()(search)
+app.command()(export)
+app.command()(evaluate)
 console = Console()
 errors = Console(stderr=True)
 

@@ -236,7 +236,7 @@ def time_in_turns(
     count = min(len(examples) for examples in own.values())
     size = min(batch_size, count)
     calls = {name: ModuleInputs(model.eval()) for name, model in models.items()}
-    devices = {name: next(m.parameters()).device for name, m in models.items()}
+    devices = {name: next((p.device for p in m.parameters()), torch.device("cpu")) for name, m in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(warmup + repeats):
         start = (turn * size) % max(1, count - size + 1)

@@ -31,7 +31,7 @@ LAYERS = [
     "tasks evaluate presets",
     "recipe stage encodings",
     "models pairing plan keeping frame_model belonging",
-    "teaching enlarging",
+    "teaching enlarging deploy",
     "summary remember",
     "run",
     "suite",
@@ -39,7 +39,7 @@ LAYERS = [
     "search",
     "cli_cache",
     "cli_distill",
-    "cli_search",
+    "cli_search cli_deploy",
     "cli",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
@@ -143,7 +143,17 @@ def test_public_names():
 
 def public_functions():
     """What the package and its parts export, but for plain values."""
-    parts = (".losses", ".report", ".report.search", ".report.suite", ".students", ".tasks", ".teachers", ".train")
+    parts = (
+        ".deploy",
+        ".losses",
+        ".report",
+        ".report.search",
+        ".report.suite",
+        ".students",
+        ".tasks",
+        ".teachers",
+        ".train",
+    )
     for part in ("", ".search", *parts):
         module = importlib.import_module(f"limbeck{part}")
         for name in module.__all__:

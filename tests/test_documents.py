@@ -16,6 +16,7 @@ from limbeck.search import Space
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 OBJECTIVES = (ROOT / "docs" / "objectives.md").read_text()
+DEPLOY = (ROOT / "docs" / "deploy.md").read_text()
 TEACHERS = (ROOT / "docs" / "teachers.md").read_text()
 LOOPS = (ROOT / "docs" / "loops.md").read_text()
 DATA_PAGE = (ROOT / "docs" / "data.md").read_text()
@@ -91,7 +92,7 @@ def test_yaml_blocks_are_recipes(text):
 
 
 def commands():
-    text = "\n".join(re.findall(r"```\n(.*?)```", README, flags=re.DOTALL))
+    text = "\n".join(re.findall(r"```\n(.*?)```", README + DEPLOY, flags=re.DOTALL))
     return [line for line in text.splitlines() if line.startswith("limbeck ")]
 
 
@@ -121,7 +122,10 @@ def test_shipped_recipes_run_on_small_data(path, tmp_path):
 
 
 def test_links_and_pictures_are_there():
-    for folder, text in ((ROOT, README), *((ROOT / "docs", text) for text in (OBJECTIVES, LOOPS, STUDENTS))):
+    for folder, text in (
+        (ROOT, README),
+        *((ROOT / "docs", text) for text in (OBJECTIVES, LOOPS, STUDENTS, DEPLOY)),
+    ):
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             assert target.startswith("http") or (folder / target).exists(), target
 
