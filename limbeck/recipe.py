@@ -304,13 +304,12 @@ class Recipe(Strict):
             regression: Whether a number is to be predicted.
             texts: Whether the inputs are texts.
         """
-        whole = self.of_texts() if texts else self
-        return whole.model_copy(update={"terms": self._terms_for(regression)})
+        return self.with_preset(texts).model_copy(update={"terms": self._terms_for(regression)})
 
-    def of_texts(self) -> Recipe:
-        """The recipe with a preset's parts for texts spelled out."""
-        chosen = self._left_to_the_task()
-        return type(self).model_validate({**self.model_dump(), **chosen}) if chosen else self
+    def with_preset(self, texts: bool) -> Recipe:
+        """The recipe with its preset's parts for texts, or without; none of them is left to the task."""
+        chosen = self._left_to_the_task() if texts else {}
+        return type(self).model_validate({**self.model_dump(), **chosen}) if self.preset else self
 
     def _left_to_the_task(self) -> dict[str, Any]:
         """A preset's parts for texts, of which the user says nothing."""

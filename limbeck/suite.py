@@ -92,7 +92,7 @@ def distill_suite(
         Traceback (most recent call last):
         ValueError: glue/rte is one task; limbeck.distill runs it
     """
-    recipe = as_recipe(recipe).of_texts()
+    recipe = as_recipe(recipe).with_preset(texts=True)
     tasks = tasks_of_suite(recipe.task.name)
     if not tasks:
         raise ValueError(f"{recipe.task.name} is one task; limbeck.distill runs it")
@@ -130,8 +130,8 @@ class _Suite:
         return (self.folder / name / REPORT).is_file()
 
     def _goes_on(self) -> bool:
-        """Whether some tasks are finished and others are not: those stay as they are, whatever is to be retrained."""
-        return any(map(self._is_finished, self.tasks)) and not all(map(self._is_finished, self.tasks))
+        """Whether some tasks are finished and others not: those stay as they are, whatever is to be retrained."""
+        return len(set(map(self._is_finished, self.tasks))) > 1
 
     def _check_suite(self) -> None:
         for name in self.notes:

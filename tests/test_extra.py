@@ -344,6 +344,17 @@ def test_a_cache_stands_for_the_teacher_of_the_same_extra_examples(run, place, c
         distill({**kept, "extra": {"augment": "replace", "seed": 9}}, place / "other")
 
 
+def test_another_model_that_fills_words_in_makes_another_run(place, tmp_path):
+    """The recipe names it by its folder alone, in which another one may stand when a run goes on."""
+    spec = {"augment": "masked_lm", "masked_lm": str(tmp_path)}
+    recipe = Recipe.parse(tiny.recipe(place, extra=spec))
+    own, made_by = make_task(recipe.task), []
+    for text in ("{}", '{"other": 1}'):
+        (tmp_path / "config.json").write_text(text)
+        made_by.append(Run(recipe, own, place / "new", Observer()).made_by)
+    assert made_by[0] != made_by[1]
+
+
 def test_two_tokenizers_read_the_extra_texts_each_by_its_own(place, tmp_path):
     tokenizer = tiny.train_tokenizer(["a film was very fine and it"], vocabulary=60)
     config = tiny.config(vocab_size=len(tokenizer))
@@ -405,6 +416,23 @@ def test_a_recipe_names_extra_data_by_one_word_and_the_command_line_changes_it()
     )
     assert changed.extra.augment == {"delete": {}, "mask": {"p": 0.2}}
     assert changed.extra.copies == 4
+
+
+def test_extra_data_on_the_command_line(command, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("limbeck.cli_distill._run", lambda recipe, *_: made.append(recipe))
+    whole = ["distill", "--task", "docstrings", "--teacher", "x", "--student", "layers:0"]
+    assert command(*whole, "--extra", "a.txt", "--extra", "b", "--augment", "delete", "--copies", "3")[0] == 0
+    assert command(*whole)[0] == 0
+    path = tmp_path / "recipe.yaml"
+    path.write_text(made[0].to_yaml())
+    assert command("distill", path, "--copies", "5")[0] == 0
+    first, without, changed = (recipe.extra for recipe in made)
+    assert (first.data, first.augment, first.copies) == (("a.txt", "b"), {"delete": {}}, 3)
+    assert without is None
+    assert changed == first.model_copy(update={"copies": 5})
+    status, printed = command(*whole, "--copies", "3")
+    assert (status, "names no examples; set extra.data" in printed) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -252,11 +252,11 @@ def test_the_recipe_of_a_suite_has_what_its_preset_says_of_texts(copied, monkeyp
     """A recipe that is written out and read again is the same, with the extra data of its preset."""
     source = {"task": "glue/sst2,rte", "teacher": "t", "student": "layers:0", "preset": "best"}
     whole, without = Recipe.parse(source), Recipe.parse({**source, "extra": None})
-    for recipe in (whole, without, whole.of_texts()):
+    for recipe in (whole, without, whole.with_preset(texts=True)):
         again = Recipe.parse(yaml.safe_load(recipe.to_yaml()))
         assert again.resolved(regression=False) == recipe.resolved(regression=False)
-    assert whole.of_texts().extra.copies == 2
-    assert without.of_texts().extra is None
+    assert whole.with_preset(texts=True).extra.copies == 2
+    assert without.with_preset(texts=True).extra is None
     ran = []
 
     def stopped(recipe, folder, **options):
