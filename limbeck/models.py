@@ -217,16 +217,22 @@ class TeacherStore:
         """Save a teacher in the place of one that is there; a folder of that name is always whole."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=".partial-"))
-        partial.chmod(0o755)  # a temporary folder is for its owner alone, and the store may be for several
-        save_model(model, processor, partial)
+        try:
+            self._write(model, processor, partial)
+            with self._alone():
+                shutil.rmtree(self.folder, ignore_errors=True)
+                partial.rename(self.folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _write(self, model: nn.Module, processor: Any, folder: Path) -> None:
+        folder.chmod(0o755)  # a temporary folder is for its owner alone, and the store may be for several
+        save_model(model, processor, folder)
         if is_function(self.source.model):
-            save_weights(model, partial / WEIGHTS)
-        (partial / MADE_BY).write_text(json.dumps(self.made_by, indent=2))
-        digests = {path.name: file_digest(path) for path in sorted(partial.iterdir()) if path.is_file()}
-        (partial / DIGESTS).write_text(json.dumps(digests, indent=2))
-        with self._alone():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            partial.rename(self.folder)
+            save_weights(model, folder / WEIGHTS)
+        (folder / MADE_BY).write_text(json.dumps(self.made_by, indent=2))
+        digests = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        (folder / DIGESTS).write_text(json.dumps(digests, indent=2))
 
     def _check_files(self) -> None:
         """Compare every file with its digest; teachers kept by earlier versions have none.
