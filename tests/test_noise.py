@@ -1,18 +1,25 @@
 """Words in the place of others: neighbours in an embedding, and what a masked language model expects."""
 
+import io
 import re
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
+from limbeck.enlarging import Wanted
 from limbeck.pretrained import load_masked_lm
+from limbeck.progress import ConsoleObserver
+from limbeck.recipe import Recipe
+from limbeck.tasks import make_task
 from limbeck.tasks.builtin import train_tokenizer
 from limbeck.tasks.extra import ExtraSpec, make_extra
 from limbeck.tasks.noise import AUGMENTATIONS, replacing
 from limbeck.tasks.rewriting import MaskedWords, Neighbours, WordAt, whole_words
 
+from . import tiny
 from .test_extra import OPTIONS, task
 
 TEXTS = ["the warm film was very fine", "a cold room and a dull book", "the room was quite warm"]
@@ -125,3 +132,18 @@ def test_a_tokenizer_that_masks_nothing_is_refused(tokenizer, model):
 @pytest.mark.parametrize("name", ["mask", "delete", "ngram", "shuffle", "long_shuffle", "replace", "masked_lm"])
 def test_every_augmentation_has_a_name(name):
     assert callable(AUGMENTATIONS.get(name))
+
+
+def test_filling_words_in_shows_how_far_it_is(tokenizer, model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    spec = {"augment": "masked_lm", "masked_lm": str(tmp_path / "model"), "copies": 2}
+    recipe = Recipe.parse(tiny.recipe(tiny.place_of(tmp_path), extra=spec, store=str(tmp_path / "store")))
+    own, screen = make_task(recipe.task), io.StringIO()
+    wanted = Wanted.by(recipe, own, tokenizer)
+    with ConsoleObserver(Console(file=screen, width=100, force_terminal=True)) as observer:
+        first = wanted.make(observer=observer)
+    count = 2 * len(own.splits["train"])
+    assert f"{count}/{count}" in screen.getvalue()
+    assert "is done once" in screen.getvalue()
+    assert wanted.make() == first
