@@ -66,7 +66,8 @@ def search(
         time_limit: Seconds after which no trial goes on; the proof comes after that.
         space: Distributions by path, instead of those of the recipe; by default `default_space`.
         demands: What is asked of the student.
-        workers: Processes that do trials, on this machine.
+        workers: Processes that do trials, on this machine; of more than one, each imports the calling script, so
+            that this call has to stand under ``if __name__ == "__main__":``.
         storage: A journal's path or a database's address that others share; by default ``journal.log`` in `out`.
         study: The study's name there.
         seed: Of the values that are drawn; by default the training's.
