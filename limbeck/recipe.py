@@ -5,13 +5,14 @@ A recipe knows how to build its parts, the terms and the student; `limbeck.run` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from limbeck.baseline import BaselineSpec
 from limbeck.matching import regex_pairs
 from limbeck.presets import TermChoice, load_preset
 from limbeck.strict import Several, Strict, explain
@@ -234,11 +235,14 @@ class Recipe(Strict):
     balance: str | dict[str, Any] = Field(
         "static", description="how terms become one loss: static, uncertainty, matched_scale, gradient_norm"
     )
-    training: Settings = Field(default_factory=Settings, description="of student and baseline alike")
+    training: Settings = Field(default_factory=Settings, description="of student and baseline")
     extra: ExtraSpec | None = Field(
         None, description="more examples for the student, labelled by the teacher alone"
     )
     baseline: bool = Field(True, description="train the student's twin without distillation, to compare")
+    baseline_training: BaselineSpec = Field(
+        default_factory=BaselineSpec, description="what of the twin's training differs from the student's"
+    )
     seeds: int = Field(1, gt=0, description="how often baseline and student are trained")
     store: str | None = Field(None, description="where fine-tuned teachers are kept; ~/.cache/limbeck")
 
@@ -337,15 +341,6 @@ def default_terms(
     choice = (load_preset(preset).terms if preset else None) or DEFAULT_TERMS
     specs = choice.suited(regression, hidden, narrower)
     return {name: TermSpec.model_validate(spec) for name, spec in specs.items()}
-
-
-def plain_terms(terms: Iterable[Term], regression: bool) -> list[Term]:
-    """The objective of plain training, for teacher and baseline: the labels, at full weight."""
-    loss = "label_mse" if regression else "cross_entropy"
-    own = next((t for t in terms if t.reads_labels), None)
-    if own is None:
-        return [Term("labels", loss=loss, name="labels")]
-    return [Term("labels", loss=own.comparison.loss, name=own.name, mask=own.mask, **own.comparison.options)]
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from limbeck.atomic import write_tensors, write_text
+from limbeck.baseline import plain_terms
 from limbeck.belonging import MADE_BY, holds_this
 from limbeck.distiller import Distiller, read_of_teacher
 from limbeck.encodings import Encoded, encode_for
@@ -23,7 +24,7 @@ from limbeck.models import TeacherStore, check_lengths, fingerprint, load_model,
 from limbeck.pairing import expose_attention, find_places, layers_of, match_places
 from limbeck.plan import Observer, Plan
 from limbeck.pretrained import most_tokens
-from limbeck.recipe import LayerMatch, Places, Recipe, plain_terms
+from limbeck.recipe import LayerMatch, Places, Recipe
 from limbeck.remember import SIGNALS, Memory, recall
 from limbeck.report import Report, write_report
 from limbeck.stage import RESULT, Stage, StageResult
@@ -410,16 +411,17 @@ class Run:
 
     def train(self, role: str, seed: int) -> tuple[nn.Module, StageResult]:
         """Train a student, its twin without extra data, or the baseline without distillation; all start alike."""
-        student = self.student(seed).model
-        terms = self.terms(student)
-        distiller = (
-            Distiller(student, self.memory.teacher(self.teacher.source()), terms, balance=self.recipe.balance)
-            if role in STUDENTS
-            else Distiller(student, None, plain_terms(terms, self.regression))
-        )
-        settings = self.recipe.training.model_copy(update={"seed": seed})
+        recipe, student = self.recipe, self.student(seed).model
+        terms, settings = self.terms(student), recipe.training.model_copy(update={"seed": seed})
         if self.extra is not None:
             settings = alike(settings, self.data.training)
+        if role in STUDENTS:
+            recipe.student.set_up(student)
+            teacher = self.memory.teacher(self.teacher.source())
+            distiller = Distiller(student, teacher, terms, balance=recipe.balance)
+        else:
+            distiller = Distiller(student, None, plain_terms(terms, self.regression))
+            settings = recipe.baseline_training.of(settings)
         return self._train(self.stage(f"{role}-{seed}"), distiller, settings)
 
     def _train(self, stage: Stage, distiller: Distiller, settings: Settings) -> tuple[nn.Module, StageResult]:

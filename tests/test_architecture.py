@@ -28,7 +28,7 @@ LAYERS = [
     "objective checks layerwise stages",
     "distiller witness standin",
     "train report alongside accompanied adapted",
-    "tasks evaluate presets",
+    "tasks evaluate presets baseline",
     "recipe stage encodings",
     "models pairing plan keeping frame_model belonging",
     "teaching enlarging deploy",

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from limbeck.atomic import create_text, write_text
 from limbeck.cache import MANIFEST, tensors_digest
-from limbeck.cli import _check_place, _one_line, _recipe, app
+from limbeck.cli import _one_line, app
+from limbeck.cli_distill import _check_place, read_recipe
 from tests.test_cache import filled
 
 
@@ -178,7 +179,7 @@ def test_a_folder_stands_for_its_recipe_where_a_cache_is_built(tmp_path):
     (tmp_path / "recipe.yaml").write_text("[]")
     assert f"{tmp_path / 'recipe.yaml'} holds no recipe" in str(limbeck("build", tmp_path, *build).exception)
     with pytest.raises(ValueError, match=r"is a folder; name the recipe in it, .*recipe\.yaml"):
-        _recipe(tmp_path, None, None)
+        read_recipe(tmp_path, None, None)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 from torch import nn
 
 from limbeck import Settings
-from limbeck.recipe import Places, Recipe, StudentSpec, default_terms, plain_terms
+from limbeck.baseline import plain_terms
+from limbeck.recipe import Places, Recipe, StudentSpec, default_terms
 
 BASE = {"task": {"name": "glue/rte"}, "teacher": {"model": "teacher"}, "student": {"layers": [0, 2]}}
 PLACES = Places(student_path="a", teacher_path="b", student=2, teacher=4)

@@ -476,7 +476,7 @@ def test_labels_of_different_kinds_are_counted_by_task():
     x = torch.ones(4, 3)
     number = {"input": x, "labels": torch.rand(4), "task": "number"}
     classes = {"input": x, "labels": torch.tensor([0, 1, 1, 0]), "task": "class"}
-    assert trained.count(number) == {"examples": 4.0}
+    assert trained.count(number) == {"examples": 4.0, "labels": 4.0}
     assert trained.count(classes) == {"examples": 4.0, "labels": 4.0, "labels but 1": 2.0}
     assert trained(**number).terms.keys() != trained(**classes).terms.keys()
 

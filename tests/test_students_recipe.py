@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import limbeck
@@ -13,6 +14,7 @@ from limbeck.cli import app
 from limbeck.recipe import Recipe
 from limbeck.students import narrower_sizes, shrink, take_layers
 from limbeck.students.spec import StudentSpec
+from limbeck.train import read_log
 from tests import models, tiny
 
 torch.set_num_threads(1)
@@ -54,6 +56,57 @@ def test_a_run_distils_into_it(place, student, sizes):
     config = loaded.config
     found = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size
     assert found == sizes
+
+
+def trained(run, role):
+    """The weights with which a role's training ended."""
+    return load_file(run / "checkpoints" / f"{role}-0" / "final.safetensors")
+
+
+WORDS = "bert.embeddings.word_embeddings.weight"
+
+
+def test_a_student_is_set_up_to_be_taught_and_its_twin_is_not(place):
+    source = tiny.recipe(place, student={"layers": [0], "freeze_embeddings": True})
+    limbeck.distill(Recipe.parse(source), place / "run")
+    (teacher,) = (place / "store").rglob("model.safetensors")
+    start = load_file(teacher)[WORDS]
+    assert torch.equal(trained(place / "run", "student")[WORDS], start)
+    assert not torch.equal(trained(place / "run", "baseline")[WORDS], start)
+
+
+def test_without_dropout_a_lesson_draws_nothing(place):
+    """The student's forward pass is the same twice where it has no dropout, and is not where it has."""
+    student = transformers.BertForSequenceClassification(tiny.config()).train()
+    ids = torch.tensor([[2, 5, 6, 3]])
+    drawn = [student(input_ids=ids).logits for _ in range(2)]
+    assert not torch.equal(*drawn)
+    StudentSpec(layers=[0], dropout=0.0).set_up(student)
+    drawn = [student(input_ids=ids).logits for _ in range(2)]
+    assert torch.equal(*drawn)
+    source = tiny.recipe(place, student={"layers": [0], "dropout": 0.0}, baseline=False)
+    limbeck.distill(Recipe.parse(source), place / "none")
+    source = tiny.recipe(place, student={"layers": [0]}, baseline=False)
+    limbeck.distill(Recipe.parse(source), place / "usual")
+    weights = (trained(place / name, "student") for name in ("none", "usual"))
+    assert not all(torch.equal(*pair) for pair in zip(*(w.values() for w in weights), strict=True))
+
+
+def test_token_vectors_that_are_not_there_cannot_be_frozen():
+    with pytest.raises(ValueError, match="Linear has no table of token vectors"):
+        StudentSpec(layers=[0], freeze_embeddings=True).set_up(torch.nn.Linear(2, 2))
+
+
+def test_the_baseline_may_be_trained_otherwise_with_as_many_updates(place):
+    source = tiny.recipe(place, baseline_training={"learning_rate": 1e-5})
+    source["training"] = {"epochs": 1, "least_steps": 7, "batch_size": 16, "learning_rate": 1e-3, "log_every": 1}
+    limbeck.distill(Recipe.parse(source), place / "run")
+    lines = [line for line in read_log(place / "run" / "log.jsonl") if "terms" in line]
+    rates = {
+        role: [n["learning_rate"] for n in lines if n["stage"] == f"{role}-0"] for role in ("student", "baseline")
+    }
+    assert len(rates["student"]) == len(rates["baseline"]) == 7
+    assert rates["student"] == pytest.approx([100 * rate for rate in rates["baseline"]])
 
 
 def test_the_command_line_says_a_share(place):

@@ -38,7 +38,7 @@ TIMED = 40
 OWN = {"journal.log", "journal.log.lock", "turn.lock", "ground.lock"}
 """What may lie in a search's folder before its ground is prepared."""
 
-UNTOLD = ("seeds", "baseline", "store")
+UNTOLD = ("seeds", "baseline", "baseline_training", "store")
 """Parts of a recipe that change no trial; a search may go on with others."""
 
 KEPT_WHERE = ("place", "gib", "shard_mib")

@@ -25,6 +25,7 @@ FIXED = {
     "store": "it says where teachers are kept",
     "seeds": "it says how often the final proof is trained; --seeds sets it",
     "baseline": "it says what the final proof is compared with",
+    "baseline_training": "no trial trains a baseline",
     "training.seed": "the best seed is luck, and no setting",
     "training.precision": "what the teacher said is kept as it was computed",
     "training.evaluate_every": "all trials are evaluated at the same shares of their training",

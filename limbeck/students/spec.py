@@ -13,6 +13,7 @@ from torch import nn
 from limbeck.strict import Strict
 from limbeck.students.depth import take_layers
 from limbeck.students.fresh import from_config
+from limbeck.students.taught import freeze_embeddings, set_dropout
 from limbeck.students.width import narrower_sizes, shrink
 
 LAYERS, SHRINK = "layers", "shrink"
@@ -68,6 +69,15 @@ class StudentSpec(Strict):
     )
     model: str | None = Field(None, description="a folder, a hub id, or package.module:function")
     options: dict[str, Any] = Field(default_factory=dict, description="options of such a function")
+    dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="of its dropout layers while it is taught; the baseline keeps its own",
+    )
+    freeze_embeddings: bool = Field(
+        False, description="its token vectors stay as they begin while it is taught; the baseline's train"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> StudentSpec:
@@ -99,6 +109,17 @@ class StudentSpec(Strict):
         student = teacher if self.layers is None else take_layers(teacher, self.layers, self.path)
         student = student if self.shrink is None else self.shrink.apply(student)
         return student.requires_grad_(True)
+
+    def set_up(self, student: nn.Module) -> None:
+        """Make a student ready to be taught, in place; see `limbeck.students.taught`.
+
+        Raises:
+            ValueError: it has no token vectors to freeze.
+        """
+        if self.dropout is not None:
+            set_dropout(student, self.dropout)
+        if self.freeze_embeddings:
+            freeze_embeddings(student)
 
     @classmethod
     def parse(cls, text: str) -> StudentSpec:

@@ -45,6 +45,7 @@ class Settings(Strict):
 
     epochs: float = Field(3, gt=0, description="passes over the training data")
     steps: int | None = Field(None, gt=0, description="number of updates, instead of epochs")
+    least_steps: int | None = Field(None, gt=0, description="updates at the least, where the epochs have fewer")
     time_limit: float | None = Field(None, gt=0, description="seconds after which training stops")
     batch_size: int = Field(32, gt=0, description="examples per update, over all ranks")
     accumulation: int = Field(1, gt=0, description="parts that a rank cuts its share of a batch into")
@@ -73,7 +74,7 @@ class Settings(Strict):
 
     def total_steps(self, batches_per_epoch: int) -> int:
         """The number of updates of a whole training."""
-        return self.steps or max(1, math.ceil(self.epochs * batches_per_epoch))
+        return self.steps or max(self.least_steps or 1, math.ceil(self.epochs * batches_per_epoch))
 
     def rate(self, step: int, total: int) -> float:
         """The factor on the learning rate at a step counted from 0: a pure function, nothing to resume.

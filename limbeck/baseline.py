@@ -1,0 +1,42 @@
+"""The baseline: the student's twin, from the same start and with as many updates, taught by the labels alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from pydantic import Field
+
+from limbeck.strict import Strict
+from limbeck.terms import Term
+from limbeck.train import Settings
+
+
+class BaselineSpec(Strict):
+    """The ``baseline_training:`` part: what of the baseline's training differs from the student's.
+
+    What suits a student with a teacher need not suit one without: a baseline that is trained badly would make
+    distillation look good. The number of updates is the student's, always.
+
+    Example:
+        >>> BaselineSpec(learning_rate=1e-4).of(Settings(learning_rate=5e-4)).learning_rate
+        0.0001
+    """
+
+    learning_rate: float | None = Field(None, gt=0, description="by default the student's, as all of these")
+    weight_decay: float | None = Field(None, ge=0, description="not applied to biases and norms")
+    schedule: Literal["linear", "cosine", "constant"] | None = None
+    warmup: float | None = Field(None, ge=0, description="share of the steps, or their number from 1 on")
+
+    def of(self, settings: Settings) -> Settings:
+        """The baseline's settings, from those of the student."""
+        return settings.model_copy(update=self.model_dump(exclude_none=True))
+
+
+def plain_terms(terms: Iterable[Term], regression: bool) -> list[Term]:
+    """The objective of plain training, for teacher and baseline: the labels, at full weight."""
+    loss = "label_mse" if regression else "cross_entropy"
+    own = next((t for t in terms if t.reads_labels), None)
+    if own is None:
+        return [Term("labels", loss=loss, name="labels")]
+    return [Term("labels", loss=own.comparison.loss, name=own.name, mask=own.mask, **own.comparison.options)]
