@@ -23,7 +23,7 @@ from limbeck.report.candidates import COMPLETE, FAILED, PRUNED
 from limbeck.search import search
 from limbeck.search.searching import as_recipe_with_space
 from limbeck.search.space import with_values
-from limbeck.tasks import is_regression, make_task
+from limbeck.tasks import is_regression, make_task, reads_texts
 
 
 class Notes(Observer):
@@ -65,7 +65,8 @@ def main():
 
     content = content_of(options.recipe, options.changes)
     plain, _ = as_recipe_with_space(content)
-    plain = plain.resolved(is_regression(make_task(plain.task)))
+    task = make_task(plain.task)
+    plain = plain.resolved(is_regression(task), reads_texts(task))
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         content["store"] = str(place / "search-store")

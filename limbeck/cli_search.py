@@ -96,19 +96,18 @@ def search(
 
 def _space(path: Path | None, options: Sequence[str], changes: Sequence[str]) -> dict[str, Any] | None:
     """The space from a recipe's file, then --set search.PATH, then --space; None where nothing says it."""
-    from limbeck.recipe import SEARCH, read_yaml, set_value
+    from limbeck.recipe import SEARCH, read_yaml
+    from limbeck.search.searching import space_in
     from limbeck.search.space import flat
 
-    found = read_yaml(recipe_file(path)) if path is not None else {}
-    data = {SEARCH: found[SEARCH] or {}} if SEARCH in found else {}
-    if not isinstance(data.get(SEARCH, {}), dict):
-        raise ValueError(f"search is {data[SEARCH]!r}; write distributions by path, training.epochs: int(2, 6)")
-    for change in changes:
-        if change.startswith(f"{SEARCH}."):
-            set_value(data, change)
-    if not data and not options:
-        return None
-    return {**dict(flat(data.get(SEARCH, {}))), **_options(options)}
+    written = space_in(read_yaml(recipe_file(path))) if path is not None else None
+    if any(change.startswith(f"{SEARCH}=") for change in changes):
+        raise ValueError("--set search=... names no path; write --space 'training.epochs=int(2, 6)'")
+    set_too = [change.removeprefix(f"{SEARCH}.") for change in changes if change.startswith(f"{SEARCH}.")]
+    said = {**_options(set_too), **_options(options)}
+    if written is None:
+        return said or None
+    return {**flat(written), **said}
 
 
 def _options(space: Sequence[str]) -> dict[str, str]:

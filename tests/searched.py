@@ -13,11 +13,20 @@ from limbeck.train import Callback
 
 
 def deadly(task, *, mark, widths=(4, 8)):
-    """A small network; the first further process that makes it is killed."""
-    if multiprocessing.parent_process() is not None and not Path(mark).exists():
+    """A small network; the first further process that makes a second one, for a trial, is killed."""
+    own = Path(f"{mark}-{os.getpid()}")
+    if multiprocessing.parent_process() is not None and own.exists() and not Path(mark).exists():
         Path(mark).touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    own.touch()
     return fresh_resnet(task, widths=list(widths), depth=1)
+
+
+def picky(task, *, width, depth):
+    """A small network that refuses two values which are each possible alone."""
+    if (width, depth) == (8, 2):
+        raise ValueError("a network that is 8 wide is 1 deep")
+    return fresh_resnet(task, widths=[4, width], depth=depth)
 
 
 def digits(place, **changes):

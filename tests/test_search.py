@@ -1,6 +1,7 @@
 """A whole search: from a recipe to a student with its proof, over kills, workers and bad input."""
 
 import json
+import operator
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from limbeck.recipe import Recipe
 from limbeck.report import Report
 from limbeck.report.candidates import COMPLETE
 from limbeck.report.search.report import SearchReport
-from limbeck.search import search
+from limbeck.search import search, workers
+from limbeck.search.searching import _make_room
 from tests import tiny
 from tests.searched import digits
 
@@ -105,6 +107,36 @@ def test_a_worker_that_dies_is_told_of_and_its_trial_is_taken_up(tmp_path):
     assert "a worker died (SIGKILL); its trial is taken up" in observer.notes
 
 
+def test_workers_that_die_before_they_begin_end_the_search(monkeypatch):
+    """As where a script calls it without a guard, which every worker would run again; here each has an error."""
+    observer = Notes()
+    monkeypatch.setattr(workers, "_work", operator.index)
+    with pytest.raises(RuntimeError, match=r"3 workers in a row died before their first trial \(exit status 1\)"):
+        workers.employ(None, 2, lambda: None, observer)
+    assert observer.notes == ["a worker died (exit status 1); another begins"] * 2
+
+
+def test_values_that_go_together_with_nothing_do_not_end_the_search(tmp_path):
+    """Not even where every student that can be foreseen is timed before the first trial."""
+    space = {"student.options.width": "choice(4, 8)", "student.options.depth": "choice(1, 2)"}
+    student = {"model": "tests.searched:picky", "options": {"width": 4, "depth": 1}}
+    report = search(digits(tmp_path, student=student, search=space), tmp_path / "s", trials=1, proof=False)
+    assert [c.state for c in report.candidates] == [COMPLETE]
+
+
+def test_a_database_that_goes_away_is_one_line(tmp_path):
+    """And no failed trial: the same command goes on when it is back."""
+    database = tmp_path / "study.db"
+
+    class Breaks(Observer):
+        def on_note(self, text):
+            if text.startswith("trial #0"):
+                database.write_bytes(b"nothing" * 1000)
+
+    with pytest.raises(ValueError, match=r"sqlite:.*study\.db was lost \(.*\); what was finished is kept"):
+        search(digits(tmp_path), tmp_path / "s", trials=2, storage=f"sqlite:///{database}", observer=Breaks())
+
+
 def test_a_limit_shorter_than_a_trial_keeps_what_was_done(tmp_path):
     recipe = digits(tmp_path)
     with pytest.raises(ValueError, match=r"the time limit of 0.001 s ended before the first trial began"):
@@ -116,6 +148,30 @@ def test_where_all_trials_fail_it_says_why(tmp_path):
     space = {"training.learning_rate": "uniform(1e30, 2e30)"}
     with pytest.raises(ValueError, match=r"all 2 trials failed; the first one: .*lower the learning rate"):
         search(digits(tmp_path, search=space), tmp_path / "s", trials=2)
+
+
+def test_where_all_values_fail_those_drawn_twice_say_so_too(tmp_path):
+    space = {"training.learning_rate": "choice(1e30, 2e30)"}
+    with pytest.raises(ValueError, match=r"all \d+ trials failed; the first one: .*lower the learning rate"):
+        search(digits(tmp_path, search=space), tmp_path / "s", trials=12)
+
+
+def test_how_teachers_outputs_are_kept_belongs_to_a_search_and_where_does_not(tmp_path):
+    search(digits(tmp_path), tmp_path / "s", trials=1, proof=False)
+    search(digits(tmp_path, cache={"gib": 2.0}), tmp_path / "s", trials=1, proof=False)
+    with pytest.raises(ValueError, match=r"another search \(recipe.cache.dtype: 'fp32' there, 'fp16' here\)"):
+        search(digits(tmp_path, cache={"dtype": "fp16", "place": str(tmp_path / "c")}), tmp_path / "s", trials=1)
+
+
+@pytest.mark.parametrize("left", ['{"recipe": "ano', None])
+def test_a_proof_that_a_kill_left_torn_is_put_aside(tmp_path, left):
+    best = tmp_path / "best"
+    best.mkdir()
+    (best / "recipe.yaml").touch()
+    if left is not None:
+        (best / "made-by.json").write_text(left)
+    _make_room(best, Recipe.parse(digits(tmp_path)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-1"]
 
 
 def test_other_demands_put_the_earlier_proof_aside(tmp_path):
@@ -145,6 +201,7 @@ def test_a_space_that_the_models_refuse_is_refused_before_training(tmp_path):
         (["{recipe}", "--space", "training.epochs=int(2, 1)"], "begins at 2 above its end 1"),
         (["{recipe}", "--space", "a=int(1, 2)", "--space", "a=int(1, 3)"], "--space names a twice"),
         (["{recipe}", "--set", "search.task.holdout=uniform(0, 1)"], "task.holdout is not for a search"),
+        (["{recipe}", "--set", "search={{training.epochs: 1}}"], "--set search=... names no path"),
         (["{recipe}", "--time-limit", "soon"], "'soon' is no time"),
         (["{recipe}", "--max-size", "20"], "'20' is no size"),
         (["{recipe}", "--latency", "2 minutes"], "'2 minutes' is no latency"),

@@ -23,7 +23,7 @@ from limbeck.report.search.html import render_search
 from limbeck.report.search.influence import influences
 from limbeck.report.search.plots import outside, quality_against
 from limbeck.report.search.proof import checks, share_kept
-from limbeck.report.search.tables import demand_rows, ranked, trial_rows
+from limbeck.report.search.tables import demand_rows, facts_of_search, ranked, trial_rows
 from limbeck.report.search.values import short_names, value_text, values_in_words
 from tests.searches import candidate, proof, search
 
@@ -298,6 +298,12 @@ def test_held_out_and_proof_stand_beside_each_demand():
     ]
     assert [row.outcome for row in demand_rows(many())] == ["not made"] * 3
     assert demand_rows(few()) == []
+
+
+def test_a_search_that_went_on_tells_the_time_of_all_its_trials():
+    trials = [candidate(n, seconds=60.0 * (n + 1)) for n in range(3)]
+    report = dataclasses.replace(rechosen(search(0), trials), seconds=10.0)
+    assert dict(facts_of_search(report))["Time"] == "10.0 s; all trials together 6 min 0 s"
 
 
 def test_names_and_values():

@@ -96,6 +96,11 @@ def test_epochs_count_for_nothing_beside_steps_of_the_recipe():
         Space.parse({"training.epochs": "int(1, 2)"}).check(recipe(training={"steps": 5}))
 
 
+def test_a_path_that_is_dotted_and_nested_is_refused():
+    with pytest.raises(ValueError, match=r"names training\.epochs twice, dotted and nested"):
+        Space.parse({"training.epochs": "int(1, 2)", "training": {"epochs": "int(3, 4)"}})
+
+
 def test_dotted_and_nested_paths_are_the_same():
     nested = {"terms": {"kd": {"temperature": "uniform(1, 2)", "weight": "uniform(0, 1)"}}}
     dotted = {"terms.kd.temperature": "uniform(1, 2)", "terms.kd.weight": "uniform(0, 1)"}
@@ -200,3 +205,12 @@ def test_a_cheap_student_is_not_given_up_for_dear_ones():
     dear = [(9.0, [(0.2, 0.9)])] * 10
     assert not weakness(0.2, 0.1, 1.0, dear, True)
     assert weakness(0.2, 0.1, 9.0, dear, True)
+
+
+def test_the_recipe_itself_lies_in_its_default_space():
+    """Whatever it says: else it would not be among the candidates."""
+    terms = {"kd": {"loss": "forward_kl", "temperature": 20.0}, "cold": {"loss": "forward_kl", "temperature": 0.5}}
+    own = recipe(terms=terms)
+    space = default_space(own, layers=6)
+    assert space.own_values(own)["terms.kd.temperature"] == 20.0
+    assert space.own_values(own)["terms.cold.temperature"] == 0.5

@@ -100,6 +100,37 @@ def test_a_trial_elsewhere_is_taken_up_when_nothing_is_heard_of_it(tmp_path, mon
     assert [(c.state, c.score) for c in here.candidates()] == [(COMPLETE, 0.6)]
 
 
+def test_a_machine_that_has_another_name_now_goes_on_at_once(tmp_path, monkeypatch):
+    """As a container has after a restart: the locks beside the journal say who is alive."""
+    draw = make(tmp_path / "s").next(1)
+    draw.release()
+    monkeypatch.setattr(study.platform, "node", lambda: "another")
+    again = make(tmp_path / "s").next(1)
+    assert (again.number, again.values) == (draw.number, draw.values)
+
+
+def test_a_search_is_done_when_its_trials_are_finished_whatever_others_go_on_with(tmp_path):
+    found = make(tmp_path / "s")
+    assert not found.is_done(1)
+    mine, its = found.next(2), found.next(2)
+    assert not found.is_done(1)
+    finish(found, mine)
+    assert found.is_done(1)
+    assert not found.is_done(2)
+    finish(found, its, state=FAILED)
+    assert found.is_done(2)
+
+
+@pytest.mark.parametrize("directions", [["maximize"], ["maximize", "minimize"]])
+def test_a_study_of_another_program_is_left_as_it_is(tmp_path, directions):
+    optuna, address = pytest.importorskip("optuna"), f"sqlite:///{tmp_path / 'study.db'}"
+    foreign = optuna.create_study(storage=address, study_name="limbeck", directions=directions)
+    foreign.add_trial(optuna.trial.create_trial(values=[0.5] * len(directions)))
+    with pytest.raises(ValueError, match=r"the study 'limbeck' in sqlite:.* is of no search of limbeck"):
+        make(tmp_path / "s", storage=address)
+    assert optuna.load_study(storage=address, study_name="limbeck").user_attrs == {}
+
+
 def test_a_trial_that_kills_its_process_is_given_up(tmp_path):
     found, numbers = make(tmp_path / "s"), []
     while (draw := found.next(1)) is not None:
@@ -126,7 +157,9 @@ def test_what_was_tried_is_not_tried_again(tmp_path):
     assert len(tried) == 4
     assert len({json.dumps(values, sort_keys=True) for values in tried}) == 4
     copies = [c for c in make(tmp_path / "s", space).candidates() if c.state == PRUNED]
+    assert copies
     assert all(c.note.startswith("the same values as trial ") for c in copies)
+    assert all((c.score, c.done, c.latency_ms) == (None, 0.0, 0.0) for c in copies)  # nothing was trained of them
 
 
 def test_another_ground_is_refused_by_its_difference(tmp_path):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+import limbeck.search.trial
 from limbeck.metrics import get_metric
 from limbeck.plan import Observer
 from limbeck.recipe import Recipe
@@ -129,7 +130,7 @@ def test_a_weak_trial_is_given_up(ground, tmp_path):
         record = study.record(draw.number)
         study.note(draw.number, dataclasses.replace(record, history=((0.2, 1.1),), score=1.1))
     first.release()
-    found = run(ground, study, trials=5)[0]
+    found = run(ground, study, trials=5, told=lambda: study.candidates()[0].state != RUNNING)[0]
     assert (found.state, found.done) == (PRUNED, 0.25)
     assert found.note.startswith("at 25% of its training")
     assert "below 1.1, the median of 4 trials that cost no more" in found.note
@@ -170,6 +171,22 @@ def test_an_architecture_is_measured_once(ground, tmp_path, monkeypatch):
     found = run(ground, study, trials=4)
     sizes = {c.parameters for c in found if c.parameters}
     assert len(measured) == len(sizes) == len(study.speeds())
+
+
+def test_a_trial_of_another_process_is_waited_for(ground, tmp_path, monkeypatch):
+    """Else the first to find nothing left would choose, and look at the validation data, without it."""
+    study = study_for(tmp_path / "s")
+    held, naps = study.next(1), []
+
+    def nap(seconds):
+        naps.append(seconds)
+        if len(naps) == 3:  # now its process dies
+            held.release()
+
+    monkeypatch.setattr(limbeck.search.trial.time, "sleep", nap)
+    (found,) = run(ground, study, trials=1)
+    assert len(naps) == 3
+    assert (found.number, found.state, found.values) == (held.number, COMPLETE, held.values)
 
 
 def test_trials_are_evaluated_at_fixed_shares(ground):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 COMPLETE, PRUNED, FAILED, RUNNING = STATES = ("complete", "pruned", "failed", "running")
 MOST_KEPT = 2.0  # of the teacher's score: who asks for more has written per cent
@@ -174,6 +174,22 @@ class Choice:
         return self.chosen or self.nearest
 
 
+class Costs(Protocol):
+    """Whatever has the costs of a student; see `Candidate`."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its weights."""
+
+    @property
+    def latency_ms(self) -> float:
+        """Milliseconds for one example."""
+
+    @property
+    def speedup(self) -> float:
+        """The teacher's latency over it."""
+
+
 @dataclass(frozen=True)
 class Shortfall:
     """A demand that a candidate misses.
@@ -295,11 +311,24 @@ def shortfalls(
         ["keeps 90.0% of the teacher's score where 95% is asked", 'has 4.0x the speed where 5x is asked']
     """
     assert candidate.score is not None
+    missed = cost_shortfalls(candidate, demands)
+    if demands.keep is None:
+        return missed
+    share = kept(candidate.score, teacher_score, higher_is_better)
+    said = f"keeps {beside(100 * share, 100 * demands.keep, 1)}% of the teacher's score"
+    miss = _miss("keep", share, demands.keep, f"{said} where {_limit(100 * demands.keep)}% is asked")
+    return [*_real([miss]), *missed]
+
+
+def cost_shortfalls(candidate: Costs, demands: Demands) -> list[Shortfall]:
+    """The demands on speed and size that a student misses, trained or not.
+
+    Example:
+        >>> student = Candidate(1, {}, "running", None, 100, 400, 1.0, 4.0, 1.0, 1.0)
+        >>> [miss.words for miss in cost_shortfalls(student, Demands(keep=0.95, speedup=5))]
+        ['has 4.0x the speed where 5x is asked']
+    """
     found = []
-    if demands.keep is not None:
-        share = kept(candidate.score, teacher_score, higher_is_better)
-        said = f"keeps {beside(100 * share, 100 * demands.keep, 1)}% of the teacher's score"
-        found.append(_miss("keep", share, demands.keep, f"{said} where {_limit(100 * demands.keep)}% is asked"))
     if demands.speedup is not None:
         said = f"has {beside(candidate.speedup, demands.speedup, 1)}x the speed"
         words = f"{said} where {_limit(demands.speedup)}x is asked"
@@ -312,7 +341,7 @@ def shortfalls(
         said = f"takes {beside(candidate.latency_ms, demands.latency_ms, 2)} ms"
         words = f"{said} where at most {_limit(demands.latency_ms)} ms is asked"
         found.append(_miss("latency_ms", demands.latency_ms, candidate.latency_ms, words))
-    return [miss for miss in found if miss.factor > 1 + _ROUNDING]
+    return _real(found)
 
 
 def finished(candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -373,6 +402,10 @@ def listed(words: Sequence[str]) -> str:
 def _limit(value: float) -> str:
     """Write a number that was asked for, with no digit more than it has."""
     return f"{value:.6f}".rstrip("0").rstrip(".") if value >= 1e-6 else f"{value:g}"
+
+
+def _real(found: Iterable[Shortfall]) -> list[Shortfall]:
+    return [miss for miss in found if miss.factor > 1 + _ROUNDING]
 
 
 def _miss(demand: str, have: float, want: float, words: str) -> Shortfall:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from torch import nn
 
 from limbeck.belonging import holds_this
 from limbeck.building import ask_about_all
-from limbeck.evaluate import measure_speed, size_in_bytes
+from limbeck.evaluate import measure_speed
 from limbeck.metrics import get_metric
 from limbeck.plan import Observer, Plan
 from limbeck.recipe import Recipe
 from limbeck.remember import MEMORY, SIGNALS, recall
+from limbeck.report.search import TeacherResult
 from limbeck.run import Run
 from limbeck.search.records import Speed
 from limbeck.search.space import Space, default_space, with_values
@@ -38,8 +38,11 @@ TIMED = 40
 OWN = {"journal.log", "journal.log.lock", "turn.lock", "ground.lock"}
 """What may lie in a search's folder before its ground is prepared."""
 
-UNTOLD = ("seeds", "baseline", "baseline_training", "store", "cache")
+UNTOLD = ("seeds", "baseline", "baseline_training", "store")
 """Parts of a recipe that change no trial; a search may go on with others."""
+
+KEPT_WHERE = ("place", "gib", "shard_mib")
+"""Where what the teacher says is kept changes no trial either; how it is kept does."""
 
 
 def for_search(recipe: Recipe, folder: Path) -> Recipe:
@@ -59,21 +62,6 @@ def for_search(recipe: Recipe, folder: Path) -> Recipe:
         return recipe
     place = str(folder / SIGNALS)
     return recipe.model_copy(update={"cache": recipe.cache.model_copy(update={"place": place})})
-
-
-@dataclass(frozen=True)
-class TeacherFacts:
-    """What a search has to know of its teacher.
-
-    Attributes:
-        score: The main metric on what is held out.
-        size_bytes: Bytes of its weights.
-        parameters: Number of parameters.
-    """
-
-    score: float
-    size_bytes: int
-    parameters: int
 
 
 class Ground:
@@ -97,7 +85,7 @@ class Ground:
         self.run.made_by = _identity(self.run)
         self.metric = get_metric(self.task.metrics[0])
         self.plans: list[Plan] = []
-        self.teacher: TeacherFacts
+        self.teacher: TeacherResult
 
     @property
     def live(self) -> LiveTeacher:
@@ -165,10 +153,12 @@ class Ground:
                 raise ValueError(f"search: {said} cannot be tried: {text}") from None
         return plans
 
-    def _facts(self, result: StageResult) -> TeacherFacts:
+    def _facts(self, result: StageResult) -> TeacherResult:
+        """What is known of the teacher before it is timed."""
         about = self.live.about(self.task)
-        score = self.score(result.logits[HOLDOUT])
-        return TeacherFacts(score, about.size_bytes, about.parameters)
+        return TeacherResult(
+            self.score(result.logits[HOLDOUT]), about.parameters, about.size_bytes, latency_ms=0.0
+        )
 
     def _remember(self, plan: Plan) -> None:
         """Ask the teacher about all examples, for whatever trials read of it."""
@@ -214,11 +204,6 @@ def architecture(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def bytes_of(model: nn.Module) -> int:
-    """Bytes of the weights."""
-    return size_in_bytes(model)
-
-
 def free(device: torch.device) -> None:
     """Give back the memory of an accelerator that a trial that failed may have filled."""
     if device.type == "cuda":
@@ -232,6 +217,7 @@ def _identity(run: Run) -> dict[str, Any]:
     recipe["task"] = _without(recipe["task"], "data")
     recipe["teacher"] = _without(recipe["teacher"], "model", "device", "compile")
     recipe["student"] = _without(recipe["student"], "model")
+    recipe["cache"] = _without(recipe["cache"], *KEPT_WHERE)
     return {"kind": "search", **made_by, "recipe": recipe}
 
 

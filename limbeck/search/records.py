@@ -40,7 +40,7 @@ class Record:
     """What is known of a trial.
 
     Attributes:
-        place: Where it runs or ran: the machine and the search's folder.
+        place: Where it runs or ran: the search's folder, and the machine where the study lies elsewhere.
         beat: When that was last known, in seconds since 1970.
         parameters: Number of parameters of its student.
         size_bytes: Bytes of its weights.

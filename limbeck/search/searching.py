@@ -8,7 +8,8 @@ import json
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from limbeck.plan import Observer
 from limbeck.recipe import SEARCH, Recipe, read_yaml
 from limbeck.report import Report
 from limbeck.report.candidates import COMPLETE, FAILED, RUNNING, Candidate, Choice, Demands, choose
-from limbeck.report.search import SearchReport, TeacherResult, write_search
+from limbeck.report.search import SearchReport, write_search
 from limbeck.run import RECIPE, default_folder, distill
 from limbeck.search.ground import Ground, architecture, for_search
 from limbeck.search.space import Space, with_values
+from limbeck.search.storage import told_when_lost
 from limbeck.search.study import Study
-from limbeck.search.trial import Clock, Trials
+from limbeck.search.trial import FAILURES, Clock, Trials
 from limbeck.search.workers import Job, employ
 from limbeck.summary import environment
 from limbeck.tasks import HOLDOUT, TRAIN, VALIDATION
@@ -64,7 +66,8 @@ def search(
         time_limit: Seconds after which no trial goes on; the proof comes after that.
         space: Distributions by path, instead of those of the recipe; by default `default_space`.
         demands: What is asked of the student.
-        workers: Processes that do trials, on this machine.
+        workers: Processes that do trials, on this machine; of more than one, each imports the calling script, so
+            that this call has to stand under ``if __name__ == "__main__":``.
         storage: A journal's path or a database's address that others share; by default ``journal.log`` in `out`.
         study: The study's name there.
         seed: Of the values that are drawn; by default the training's.
@@ -78,7 +81,7 @@ def search(
     Raises:
         ValueError: anything wrong with recipe, space, storage or models, before any training; no trial that was
             finished in time, or none that did not fail.
-        KeyboardInterrupt: Ctrl-C, or another process that still works on trials; what was finished is kept.
+        KeyboardInterrupt: Ctrl-C; what was finished is kept.
         RuntimeError: a worker could not go on.
 
     Example:
@@ -101,7 +104,8 @@ def search(
     folder = folder_for(made, out)
     wishes = Wishes(trials, time_limit, demands or Demands(), workers, storage, study, seed, proof)
     chosen = None if written is None else Space.parse(written)
-    return Search(made, folder, chosen, wishes, observer or Observer(), command).execute()
+    with told_when_lost(storage):
+        return Search(made, folder, chosen, wishes, observer or Observer(), command).execute()
 
 
 def folder_for(recipe: Recipe | Mapping[str, Any], out: str | Path | None) -> Path:
@@ -128,10 +132,21 @@ def as_recipe_with_space(
     if isinstance(source, Recipe):
         return source, None
     data = source if isinstance(source, Mapping) else read_yaml(Path(source))
-    written = data.get(SEARCH) if SEARCH in data else None
-    if SEARCH in data and not isinstance(written or {}, Mapping):
+    return Recipe.parse(data), space_in(data)
+
+
+def space_in(data: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The part ``search:`` of a recipe as it is written; None where it has none.
+
+    Raises:
+        ValueError: it holds no distributions by path.
+    """
+    if SEARCH not in data:
+        return None
+    written = data[SEARCH] or {}
+    if not isinstance(written, Mapping):
         raise ValueError(f"search is {written!r}; write distributions by path, training.epochs: int(2, 6)")
-    return Recipe.parse(data), (written or {}) if SEARCH in data else None
+    return written
 
 
 def _check_numbers(trials: int, time_limit: float | None, workers: int) -> None:
@@ -200,7 +215,8 @@ class Search:
         else:
             Trials(ground, self.study, wishes.demands, clock, self.observer, self._news).execute(wishes.trials)
         candidates = self.study.candidates()
-        ended = "the time limit was reached" if clock.is_over() else ""
+        is_short = clock.is_over() and not self.study.is_done(wishes.trials)
+        ended = "the time limit was reached" if is_short else ""
         self._check_outcome(candidates, ended)
         choice = choose(candidates, wishes.demands, ground.teacher.score, ground.metric.higher_is_better)
         seconds = time.time() - self.began
@@ -246,11 +262,12 @@ class Search:
         """Time every student that can be foreseen before anything else runs on this machine."""
         assert self.space is not None
         for values in self.space.architectures() or [{}]:
-            run = self.ground.run.lend(with_values(self.ground.recipe, values), self.folder, Observer())
-            student = run.student().model
-            name = architecture(student)
-            if self.study.speed(name) is None:
-                self.study.keep_speed(name, self.ground.measure(student))
+            with suppress(*FAILURES):  # two values may go together with nothing; the trial that has them says so
+                run = self.ground.run.lend(with_values(self.ground.recipe, values), self.folder, Observer())
+                student = run.student().model
+                name = architecture(student)
+                if self.study.speed(name) is None:
+                    self.study.keep_speed(name, self.ground.measure(student))
 
     def _job(self, until: float | None) -> Job:
         assert self.space is not None
@@ -281,11 +298,10 @@ class Search:
         return f"trial #{candidate.number} {candidate.state}{score}{cost}{done}{note}"
 
     def _check_outcome(self, candidates: list[Candidate], ended: str) -> None:
-        """Refuse to go on where there is nothing to choose from, or others still work.
+        """Refuse to go on where there is nothing to choose from.
 
         Raises:
             ValueError: no trial was finished in time, or all failed.
-            KeyboardInterrupt: all trials are taken, and some are not finished yet.
         """
         if any(c.state == COMPLETE for c in candidates):
             return
@@ -301,13 +317,10 @@ class Search:
                 f"the time limit of {self.wishes.time_limit:g} s ended before the first trial began; what was "
                 f"done is kept in {self.folder}, and a longer --time-limit goes on from there"
             )
-        failed = [c for c in candidates if c.state == FAILED]
-        if failed and len(failed) == len(candidates):
-            raise ValueError(f"all {len(failed)} trials failed; the first one: {failed[0].note}")
-        raise ValueError(
-            f"no trial was finished, {len(candidates)} were begun; where other processes work on them, start "
-            "again when these have ended"
-        )
+        failed = next((c for c in candidates if c.state == FAILED), None)
+        if failed is None:
+            raise ValueError(f"all {len(candidates)} trials were given up, each for others; ask for more --trials")
+        raise ValueError(f"all {len(candidates)} trials failed; the first one: {failed.note}")
 
     def _prove(self, choice: Choice) -> Report:
         """An ordinary run of the chosen values, which judges student and baseline on the validation data."""
@@ -324,7 +337,7 @@ class Search:
     ) -> SearchReport:
         ground, wishes = self.ground, self.wishes
         assert self.space is not None
-        facts, splits = ground.teacher, ground.task.splits
+        splits = ground.task.splits
         examples = {"train": len(splits[TRAIN]), "held out": len(splits[HOLDOUT])}
         examples |= {"validation": len(splits[VALIDATION])} if proof else {}
         teacher_ms = statistics.median(s.latency_ms * s.speedup for s in self.study.speeds())
@@ -333,7 +346,7 @@ class Search:
             metric=ground.metric.name,
             higher_is_better=ground.metric.higher_is_better,
             examples=examples,
-            teacher=TeacherResult(facts.score, facts.parameters, facts.size_bytes, teacher_ms),
+            teacher=replace(ground.teacher, latency_ms=teacher_ms),
             demands=wishes.demands,
             candidates=candidates,
             choice=choice,
@@ -352,10 +365,15 @@ class Search:
 
 def _make_room(place: Path, recipe: Recipe) -> None:
     """Put an earlier proof aside, if it is of other values: other demands may have chosen another student."""
-    kept = place / MADE_BY
-    if not kept.is_file() or json.loads(kept.read_text(encoding="utf-8"))["recipe"] == recipe.model_dump(
-        mode="json"
-    ):
+    if not place.exists() or _recipe_in(place) == recipe.model_dump(mode="json"):
         return
     number = next(n for n in itertools.count(1) if not place.with_name(f"{BEST}-{n}").exists())
     place.rename(place.with_name(f"{BEST}-{number}"))
+
+
+def _recipe_in(place: Path) -> Any:
+    """The recipe of the run in a folder; None where nothing whole says it, as after an early kill."""
+    try:
+        return json.loads((place / MADE_BY).read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -60,8 +60,8 @@ class Space:
         Raises:
             ValueError: nothing in it, or a distribution that cannot be read.
         """
-        found = {}
-        for path, text in flat(written):
+        found: dict[str, Distribution] = {}
+        for path, text in flat(written).items():
             try:
                 found[path] = Distribution.parse(text)
             except ValueError as error:
@@ -212,7 +212,7 @@ def default_space(recipe: Recipe, layers: int) -> Space:
         options = describe(LOSSES.get(spec.loss), spec.loss).options
         own = (spec.model_extra or {}).get("temperature", options.get("temperature"))
         if isinstance(own, (int, float)) and recipe.cache.logits == "dense":
-            found[f"terms.{name}.temperature"] = "loguniform(1, 10)"
+            found[f"terms.{name}.temperature"] = f"loguniform({min(1, own)}, {max(10, own)})"
         if isinstance(spec.weight, float) and spec.weight > 0:
             weighted.append((name, spec.weight))
     for name, weight in weighted[1:]:  # what counts is the weights' ratio to the first
@@ -232,18 +232,23 @@ def depths(layers: int, own: Sequence[int]) -> list[list[int]]:
     return sorted(found + [list(own)] * (list(own) not in found), key=len)
 
 
-def flat(written: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def flat(written: Mapping[str, Any]) -> dict[str, Any]:
     """Nested mappings as dotted paths.
 
+    Raises:
+        ValueError: a path twice, dotted and nested.
+
     Example:
-        >>> dict(flat({"training": {"epochs": "int(2, 6)"}, "student.layers": "choice([0])"}))
+        >>> flat({"training": {"epochs": "int(2, 6)"}, "student.layers": "choice([0])"})
         {'training.epochs': 'int(2, 6)', 'student.layers': 'choice([0])'}
     """
-    for key, value in written.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
+    found = {}
+    for path, value in _nodes(written):
+        if path in found:
+            raise ValueError(f"search names {path} twice, dotted and nested; drop one")
+        if not isinstance(value, Mapping):
+            found[path] = value
+    return found
 
 
 def _nodes(data: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,20 @@ def is_address(storage: str) -> bool:
     return "://" in storage
 
 
+def shown(storage: str) -> str:
+    """A storage as it may be printed: without the password in it.
+
+    Example:
+        >>> shown("postgresql://me:secret@host/limbeck"), shown("runs/journal.log")
+        ('postgresql://me:***@host/limbeck', 'runs/journal.log')
+    """
+    if not is_address(storage):
+        return storage
+    from sqlalchemy.engine import make_url
+
+    return str(make_url(storage).render_as_string(hide_password=True))
+
+
 def open_storage(storage: str) -> BaseStorage:
     """Open a journal or a database.
 
@@ -46,27 +61,26 @@ def _open_database(address: str) -> BaseStorage:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        url = make_url(address)
+        make_url(address)
     except (SQLAlchemyError, ValueError) as error:
         raise ValueError(
             f"the storage cannot be read ({first_line(error)}); write it as sqlite:///study.db or "
             "postgresql://user@host/database"
         ) from None
-    shown = url.render_as_string(hide_password=True)
     try:
         return RDBStorage(address)
     except ImportError as error:
         driver = getattr(error.__cause__ or error, "name", None)
         wanted = f"the driver {driver}" if driver else "a driver"
         raise ValueError(
-            f"the storage {shown} needs {wanted}, which is not installed; install it with "
+            f"the storage {shown(address)} needs {wanted}, which is not installed; install it with "
             "pip, or name another one in the address"
         ) from None
     except (SQLAlchemyError, OSError, RuntimeError) as error:
         cause = error.__cause__
         said = first_line(cause if isinstance(cause, Exception) else error)
         raise ValueError(
-            f"the storage {shown} cannot be reached ({said}); check the address and that the server runs"
+            f"the storage {shown(address)} cannot be reached ({said}); check the address and that the server runs"
         ) from None
 
 
@@ -96,6 +110,30 @@ def _check_is_journal(path: Path) -> None:
         begin = b"" if file is None else file.read(len(BEGIN))
     if begin and begin != BEGIN:
         raise ValueError(f"{path} is no journal of a search; name another file")
+
+
+@contextmanager
+def told_when_lost(storage: str | None) -> Iterator[None]:
+    """Say in one line that a database went away while it was worked with.
+
+    Args:
+        storage: A journal's path or a database's address; None for the search's own journal.
+
+    Raises:
+        ValueError: it went away.
+    """
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        cause = error.__cause__
+        said = first_line(cause if isinstance(cause, Exception) else error)
+        raise ValueError(
+            f"the storage {shown(storage or JOURNAL)} was lost ({said}); what was finished is kept, and the same "
+            "command goes on when it is there again"
+        ) from None
 
 
 class JournalLock:

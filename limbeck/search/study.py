@@ -19,7 +19,7 @@ from limbeck.report.candidates import COMPLETE, FAILED, PRUNED, RUNNING, Candida
 from limbeck.search.distributions import Distribution
 from limbeck.search.records import Record, Speed, digest_of, weakness
 from limbeck.search.space import Space
-from limbeck.search.storage import JOURNAL, is_address, open_storage, quiet
+from limbeck.search.storage import JOURNAL, is_address, open_storage, quiet, shown
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -81,7 +81,7 @@ class Study:
         first: Values to begin with.
 
     Raises:
-        ValueError: the storage cannot be opened.
+        ValueError: the storage cannot be opened, or holds a study of this name that is of no search.
     """
 
     def __init__(
@@ -102,7 +102,8 @@ class Study:
         self.storage, self.name = storage or str(folder / JOURNAL), name
         inside = not is_address(self.storage) and Path(self.storage).resolve().parent == folder.resolve()
         self._is_mine = inside
-        self.place = f"{platform.node()}:{folder.resolve()}"
+        # Who has the journal has the locks beside it, whatever the machine is called: a container may be renamed.
+        self.place = f"{'' if inside else platform.node()}:{folder.resolve()}"
         self._turn = FileLock(str(folder / "turn.lock"))
         self._distributions = {path: _for_optuna(d) for path, d in space.distributions.items()}
         with self._turn:
@@ -113,8 +114,25 @@ class Study:
                 load_if_exists=True,
             )
             if "cost" not in self._study.user_attrs:
+                self._check_is_new()
                 self._study.set_user_attr("cost", cost)
         self.cost: str = self._study.user_attrs["cost"]
+
+    def _check_is_new(self) -> None:
+        """Leave studies of other programs as they are.
+
+        Raises:
+            ValueError: there are trials in it already, or it has other objectives.
+        """
+        from optuna.study import StudyDirection
+
+        score = StudyDirection.MAXIMIZE if self.higher_is_better else StudyDirection.MINIMIZE
+        is_alike = self._study.directions == [score, StudyDirection.MINIMIZE]
+        if not is_alike or self._study.get_trials(deepcopy=False):
+            raise ValueError(
+                f"the study {self.name!r} in {shown(self.storage)} is of no search of limbeck; choose another "
+                "--study or --storage"
+            )
 
     def claim(self, ground: Mapping[str, Any]) -> None:
         """Say what the study belongs to: recipe, data, models and space.
@@ -130,7 +148,7 @@ class Study:
         difference = first_difference(json.loads(json.dumps(ground)), kept)
         if difference:
             raise ValueError(
-                f"the study {self.name!r} in {_hidden(self.storage)} is of another search ({difference}); choose "
+                f"the study {self.name!r} in {shown(self.storage)} is of another search ({difference}); choose "
                 "another --out, --storage or --study"
             )
 
@@ -145,6 +163,14 @@ class Study:
             while draw is None and self._has_room(trials):
                 draw = self._ask()
             return draw
+
+    def is_done(self, trials: int) -> bool:
+        """Whether so many trials were begun as there shall be, and all of these are finished.
+
+        Args:
+            trials: As of `next`; others may do more of them.
+        """
+        return not self._has_room(trials) and all(_state(trial) != RUNNING for trial in self._trials()[:trials])
 
     def _has_room(self, trials: int) -> bool:
         asked = self._trials()
@@ -197,8 +223,7 @@ class Study:
             if draw is not None:
                 self.note(number, Record(begun=(0.0,)))
             return draw
-        record = dataclasses.replace(self.record(same.number), seconds=0.0, begun=())
-        self.note(number, dataclasses.replace(record, note=f"the same values as trial {same.number}"))
+        self.note(number, Record(note=f"the same values as trial {same.number}"))
         self._study.tell(number, state=_optuna_state(PRUNED))
         return None
 
@@ -241,11 +266,10 @@ class Study:
     def weakness(self, number: int, record: Record) -> str:
         """Why a trial is not worth going on with; see `limbeck.search.records.weakness`."""
         share, score = record.history[-1]
-        peers = []
+        found, peers = self._study.user_attrs, []
         for trial in self._trials():
-            other = self.record(trial.number)
-            is_copy = _state(trial) == PRUNED and not other.begun
-            if trial.number != number and other.history and _state(trial) != FAILED and not is_copy:
+            other = Record.read(found.get(f"{TRIAL} {trial.number}"))
+            if trial.number != number and other.history and _state(trial) != FAILED:
                 peers.append((other.cost(self.cost), other.history))
         return weakness(share, score, record.cost(self.cost), peers, self.higher_is_better)
 
@@ -356,12 +380,3 @@ def _candidate(trial: FrozenTrial, values: dict[str, Any], record: Record) -> Ca
         done=record.done,
         note=record.note,
     )
-
-
-def _hidden(storage: str) -> str:
-    """A storage without the password in it."""
-    if not is_address(storage):
-        return storage
-    from sqlalchemy.engine import make_url
-
-    return str(make_url(storage).render_as_string(hide_password=True))

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from limbeck.evaluate import count_parameters
+from limbeck.evaluate import count_parameters, size_in_bytes
 from limbeck.plan import Observer
 from limbeck.recipe import Recipe
-from limbeck.report.candidates import COMPLETE, FAILED, PRUNED, Demands
+from limbeck.report.candidates import COMPLETE, FAILED, PRUNED, Demands, cost_shortfalls
 from limbeck.run import Run
-from limbeck.search.ground import Ground, architecture, bytes_of, free
+from limbeck.search.ground import Ground, architecture, free
 from limbeck.search.records import EVALUATIONS, Record
 from limbeck.search.space import with_values
 from limbeck.search.study import BEAT_SECONDS, Draw, Study
@@ -24,6 +24,9 @@ from limbeck.tasks import HOLDOUT
 from limbeck.train import Callback, State
 
 PRUNED_BECAUSE = "pruned: "
+WAIT_SECONDS = 1.0
+"""Between two looks at what others work on."""
+
 FAILURES = (ArithmeticError, ValueError, TypeError, RuntimeError, MemoryError)
 """What a trial may die of without ending the search: NaN, too little memory, values that do not go together."""
 
@@ -122,21 +125,37 @@ class Trials:
     look: Callable[[], None] = lambda: None
 
     def execute(self, trials: int) -> None:
-        """Do trials until there are enough in the study or the time is over.
+        """Do trials until there are enough in the study and all of them are finished, or the time is over.
+
+        Those that others work on are waited for: the choice is made among all, and one that is left behind has to
+        be taken up by somebody.
 
         Raises:
             KeyboardInterrupt: Ctrl-C; what was trained of the trial at hand is kept.
             OSError: the disk is full.
         """
+        waits = False
         while not self.clock.is_over():
             draw = self.study.next(trials)
-            if draw is None:
+            if draw is not None:
+                self._do(draw)
+            elif self.study.is_done(trials):
                 return
-            try:
-                self.attempt(draw)
-            finally:
-                draw.release()
-                self.look()
+            else:
+                self._wait(again=waits)
+            waits = draw is None
+
+    def _wait(self, again: bool) -> None:
+        if not again:
+            self.observer.on_note("no trial is left to begin; waiting for those that other processes work on")
+        time.sleep(WAIT_SECONDS)
+
+    def _do(self, draw: Draw) -> None:
+        try:
+            self.attempt(draw)
+        finally:
+            draw.release()
+            self.look()
 
     def attempt(self, draw: Draw) -> None:
         """Do one trial; what it may fail of is noted."""
@@ -193,36 +212,17 @@ class Trials:
         record = replace(
             self.study.record(draw.number),
             parameters=count_parameters(student),
-            size_bytes=bytes_of(student),
+            size_bytes=size_in_bytes(student),
             **dataclasses.asdict(speed),
         )
         return self.study.note(draw.number, record)
 
     def _misses(self, record: Record) -> str:
         """Why a student need not be trained: it costs more than is asked, and another one does not."""
-        if any(
-            c.finished and not misses(self.demands, c.speedup, c.size_bytes, c.latency_ms)
-            for c in self.study.candidates()
-        ):
-            return misses(self.demands, record.speedup, record.size_bytes, record.latency_ms)
+        missed = cost_shortfalls(record, self.demands)
+        if missed and any(c.finished and not cost_shortfalls(c, self.demands) for c in self.study.candidates()):
+            return f"not trained: it {missed[0].words}, which another trial reaches"
         return ""
-
-
-def misses(demands: Demands, speedup: float, size_bytes: int, latency_ms: float) -> str:
-    """Which demand on its cost a student misses, in words; empty where it misses none.
-
-    Example:
-        >>> misses(Demands(speedup=3.5), 2.0, 100, 1.0)
-        'not trained: 2x as fast as the teacher, and 3.5x is asked, which another trial reaches'
-    """
-    said = ""
-    if demands.speedup is not None and speedup < demands.speedup:
-        said = f"{speedup:.3g}x as fast as the teacher, and {demands.speedup:g}x is asked"
-    elif demands.max_size is not None and size_bytes > demands.max_size:
-        said = f"{size_bytes:,} bytes, and at most {demands.max_size:,} are asked"
-    elif demands.latency_ms is not None and latency_ms > demands.latency_ms:
-        said = f"{latency_ms:.3g} ms, and at most {demands.latency_ms:g} ms are asked"
-    return f"not trained: {said}, which another trial reaches" if said else ""
 
 
 def evaluated(recipe: Recipe, run: Run) -> Recipe:

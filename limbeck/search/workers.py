@@ -22,6 +22,9 @@ LOOK_SECONDS = 0.5
 PATIENCE_SECONDS = 120.0
 """How long workers may take to write a checkpoint when they are told to end."""
 
+IN_VAIN = 3
+"""So many workers may die in a row before they have begun."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -52,7 +55,7 @@ def employ(job: Job, count: int, look: Callable[[], None], observer: Observer) -
     """Let workers do trials until none is left or the time is over.
 
     A worker that dies is told of and replaced; its trial is taken up by whoever is free. A trial that kills every
-    worker fails in the end, so this ends.
+    worker fails in the end, and workers that cannot even begin are not replaced for ever, so this ends.
 
     Args:
         job: What they do.
@@ -62,35 +65,73 @@ def employ(job: Job, count: int, look: Callable[[], None], observer: Observer) -
 
     Raises:
         KeyboardInterrupt: Ctrl-C; what workers had trained is kept.
-        RuntimeError: a worker could not go on, as where the disk is full.
+        RuntimeError: a worker could not go on, as where the disk is full, or several died before they had begun.
     """
-    context = multiprocessing.get_context("spawn")
-    stop, troubles = context.Event(), context.SimpleQueue()
-
-    def hire() -> BaseProcess:
-        worker = context.Process(target=_work, args=(job, stop, troubles))
-        worker.start()
-        return worker
-
-    workers = [hire() for _ in range(count)]
+    crew = _Crew(job, observer)
     try:
-        while workers:
+        for _ in range(count):
+            crew.hire()
+        while crew.workers:
             time.sleep(LOOK_SECONDS)
             look()
-            for worker in [each for each in workers if not each.is_alive()]:
-                workers.remove(worker)
-                if not troubles.empty():
-                    raise RuntimeError(troubles.get())
-                if worker.exitcode:
-                    observer.on_note(f"a worker died ({_cause(worker.exitcode)}); its trial is taken up")
-                    workers.append(hire())
+            crew.replace_dead()
     finally:
-        stop.set()
-        for worker in workers:
-            worker.join(PATIENCE_SECONDS)
-        for worker in workers:
-            worker.kill()
+        crew.dismiss()
         look()
+
+
+class _Crew:
+    """The workers that are alive.
+
+    Args:
+        job: What they do.
+        observer: What watches.
+    """
+
+    def __init__(self, job: Job, observer: Observer) -> None:
+        self.job, self.observer = job, observer
+        self.context = multiprocessing.get_context("spawn")
+        self.stop, self.troubles = self.context.Event(), self.context.SimpleQueue()
+        self.workers: dict[BaseProcess, Event] = {}
+        self.in_vain = 0
+
+    def hire(self) -> None:
+        """Start one more worker."""
+        begun = self.context.Event()
+        worker = self.context.Process(target=_work, args=(self.job, self.stop, begun, self.troubles))
+        worker.start()
+        self.workers[worker] = begun
+
+    def replace_dead(self) -> None:
+        """Start another worker for each that died; those that found nothing more to do are let go.
+
+        Raises:
+            RuntimeError: one said why it could not go on, or several died in a row before they had begun.
+        """
+        for worker in [each for each in self.workers if not each.is_alive()]:
+            begun = self.workers.pop(worker).is_set()
+            if not self.troubles.empty():
+                raise RuntimeError(self.troubles.get())
+            if worker.exitcode:
+                self._mourn(_cause(worker.exitcode), begun)
+                self.hire()
+
+    def _mourn(self, cause: str, begun: bool) -> None:
+        self.in_vain = 0 if begun else self.in_vain + 1
+        if self.in_vain == IN_VAIN:
+            raise RuntimeError(
+                f"{IN_VAIN} workers in a row died before their first trial ({cause}); there may be too little "
+                "memory for so many (take fewer), or a script calls search outside of if __name__ == '__main__':"
+            )
+        self.observer.on_note(f"a worker died ({cause}); {'its trial is taken up' if begun else 'another begins'}")
+
+    def dismiss(self) -> None:
+        """Let all end, with a checkpoint."""
+        self.stop.set()
+        for worker in self.workers:
+            worker.join(PATIENCE_SECONDS)
+        for worker in self.workers:
+            worker.kill()
 
 
 def _cause(code: int) -> str:
@@ -103,11 +144,12 @@ def _cause(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
 
-def _work(job: Job, stop: Event, troubles: SimpleQueue[str]) -> None:
+def _work(job: Job, stop: Event, begun: Event, troubles: SimpleQueue[str]) -> None:
     """What one worker does."""
     import torch
 
     from limbeck.search.ground import Ground
+    from limbeck.search.storage import told_when_lost
     from limbeck.search.study import Study
     from limbeck.search.trial import Clock, Trials
 
@@ -122,8 +164,10 @@ def _work(job: Job, stop: Event, troubles: SimpleQueue[str]) -> None:
     try:
         ground = Ground(Recipe.parse(job.recipe), Path(job.folder), Observer())
         ground.join()
-        study = Study(Path(job.folder), Space.parse(job.space), **job.study)
-        Trials(ground, study, job.demands, Clock(job.until, told), Observer()).execute(job.trials)
+        with told_when_lost(job.study["storage"]):
+            study = Study(Path(job.folder), Space.parse(job.space), **job.study)
+            begun.set()
+            Trials(ground, study, job.demands, Clock(job.until, told), Observer()).execute(job.trials)
     except KeyboardInterrupt:
         return
     except Exception as error:

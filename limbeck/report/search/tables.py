@@ -92,12 +92,13 @@ def facts_of_search(report: SearchReport) -> list[tuple[str, str]]:
         f"{report.scale.write(teacher.score)}, {write.size(teacher.size_bytes)}, "
         f"{write.measure(teacher.latency_ms)} ms"
     )
+    trained = sum(c.seconds for c in report.candidates)  # also of those before this command, or beside it
     direction = "higher" if report.higher_is_better else "lower"
     return [
         ("Metric", f"{one_line(report.metric)}, {direction} is better"),
         ("Examples", examples or NOTHING),
         ("Trials", counts_in_words(report)),
-        ("Time", write.duration(report.seconds)),
+        ("Time", f"{write.duration(report.seconds)}; all trials together {write.duration(trained)}"),
         ("Teacher", measured),
         ("Created", one_line(report.created) or NOTHING),
     ]
