@@ -41,16 +41,21 @@ def export(
         Path | None, typer.Option(help="Texts to check with, one in a line, where there is no task.")
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Inputs that the export is checked on.")] = 200,
-    allowance: Annotated[float, typer.Option(min=0, help="What int8 may cost; 0.01 is a point.")] = 0.01,
+    allowance: Annotated[
+        float | None, typer.Option(min=0, help="What int8 may cost; 0.01, by default, is a point.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
     debug: Debug = False,
 ) -> None:
     """Write a model as ONNX, int8 or .pt2, checked against PyTorch on real inputs."""
     from limbeck.deploy.export import ExportOptions, check_folder, need_format
     from limbeck.deploy.export import export as write
+    from limbeck.deploy.parity import ALLOWANCE
     from limbeck.deploy.sources import find_source
 
-    options = ExportOptions(format, int8, opset, optimize, examples, allowance)
+    if allowance is not None and not int8:
+        raise ValueError("--allowance is what int8 may cost; add --int8, or leave it out")
+    options = ExportOptions(format, int8, opset, optimize, examples, ALLOWANCE if allowance is None else allowance)
     need_format(options)
     check_folder(out, overwrite)
     source = find_source(model, role, task_options(task, data, text, label, max_length), texts)

@@ -75,6 +75,13 @@ def distill(
     cache_gib: Annotated[
         float | None, typer.Option(help="GiB of it that are held in memory; more goes to the disk.")
     ] = None,
+    extra: Annotated[
+        list[str] | None, typer.Option(help="More texts for the student, without labels: a file or a folder.")
+    ] = None,
+    augment: Annotated[
+        list[str] | None, typer.Option(help="Add altered copies of the texts: delete, mask, ngram, replace, ...")
+    ] = None,
+    copies: Annotated[int | None, typer.Option(min=1, help="Altered copies of each text.")] = None,
     finetuned_cache: Kept = None,
     out: Out = None,
     changes: Set = None,
@@ -88,12 +95,12 @@ def distill(
     debug: Debug = False,
 ) -> None:
     """Distil a teacher into a student, beside a plainly trained twin, and report."""
-    chosen = {"name": task, "data": data, "text": text, "label": label}
     parts: dict[str, Any] = {
-        "task": {key: value for key, value in chosen.items() if value},
+        "task": _said(name=task, data=data, text=text, label=label),
         "teacher": {} if teacher is None else {"model": teacher},
         "student": student or {},
-        "cache": {key: value for key, value in (("place", cache), ("gib", cache_gib)) if value is not None},
+        "cache": _said(place=cache, gib=cache_gib),
+        "extra": _said(data=extra, augment=augment, copies=copies),
         "preset": preset,
         "store": finetuned_cache,
     }
@@ -108,6 +115,11 @@ def distill(
         raise ValueError(f"--note is for several tasks, and {made.task.name} is one; leave it out")
     else:
         _run(made, out, overwrite, retrain)
+
+
+def _said(**options: Any) -> dict[str, Any]:
+    """A part of a recipe, of what was typed."""
+    return {key: value for key, value in options.items() if value not in (None, [], "")}
 
 
 def read_recipe(
@@ -131,7 +143,7 @@ def read_recipe(
 
     data = spelled_out(read_yaml(recipe_file(path))) if path is not None else {}
     for key, part in (parts or {}).items():
-        if part is None:
+        if part is None or (key == "extra" and not part):  # which is not there unless it says something
             continue
         # Layers or a model, a model or a cache: one takes the other's place, with all that belongs to it.
         kept = key == "teacher" and part.get("model", "").startswith("cache:")

@@ -13,22 +13,24 @@ from typing import Any
 from limbeck.atomic import write_text
 from limbeck.cache.folder import TEACHER
 from limbeck.models import STORE, fingerprint, load_model
+from limbeck.plan import Observer
 from limbeck.recipe import Recipe
 from limbeck.tasks import Task, is_regression
 from limbeck.tasks.extra import (
     MASKED_LM,
     REPLACE,
-    CandidatesOf,
     Extra,
     ExtraSpec,
     check_texts,
     make_extra,
     unlabelled,
 )
+from limbeck.tasks.noise import NEAREST
+from limbeck.tasks.rewriting import CandidatesOf, MaskedWords, Neighbours
 from limbeck.train import Examples, Settings
 from limbeck.train.data import ExampleBatches
 
-FORMAT = 1
+FORMAT = 2
 KEPT = "extra.json"
 """The file beside a cache that holds the texts which its teacher was asked about."""
 
@@ -69,23 +71,21 @@ class Wanted:
             ValueError: a file of unlabelled text that is not there.
         """
         spec = self.spec.model_dump(mode="json", exclude={"compare", "data"})
-        own = {name: fingerprint(name) for name in self.spec.augment if ":" in name}
-        own |= {} if self.spec.masked_lm is None else {"masked words": fingerprint(self.spec.masked_lm)}
         return {
             "format": FORMAT,
             "extra": spec,
             "files": self.spec.digest(),
             "data": {name: rows.fingerprint() for name, rows in self.task.splits.items()},
             "mask": self._mask(),
-            **own,
+            **brought(self.spec),
         }
 
-    def make(self, cache: Path | None = None, tell: Callable[[str], None] = lambda text: None) -> Extra:
+    def make(self, cache: Path | None = None, observer: Observer | None = None) -> Extra:
         """Make them, or load them where they were made before.
 
         Args:
             cache: The folder that stands for a teacher which is not here.
-            tell: Called with a word on what takes long.
+            observer: Is told of what takes long.
 
         Raises:
             ValueError: see `limbeck.tasks.extra.make_extra`; an embedding is needed that is not here.
@@ -104,11 +104,18 @@ class Wanted:
         file = Path(self.recipe.store or STORE).expanduser() / "extra" / f"{key[:20]}.json"
         found = self._read(file)
         if found is None:
-            if MASKED_LM in self.spec.augment:
-                tell(f"{self.spec.masked_lm} fills words in, each masked by itself; that is done once")
-            found = make_extra(self.spec, self.task, self.recipe.task, self._candidates(), self._mask())
+            found = self._made_now(observer or Observer())
             self._write(found, file)
         return found
+
+    def _made_now(self, observer: Observer) -> Extra:
+        def tell(done: int, total: int) -> None:
+            if MASKED_LM in self.spec.augment:  # all else is done at once
+                observer.on_count("extra", done, total)
+
+        if MASKED_LM in self.spec.augment:
+            observer.on_note(f"{self.spec.masked_lm} fills words in, each masked by itself; that is done once")
+        return make_extra(self.spec, self.task, self.recipe.task, self._candidates(), self._mask(), tell)
 
     def keep(self, extra: Extra, cache: Path) -> None:
         """Lay them beside a cache, so that it can stand for the teacher of a run with these very examples."""
@@ -140,13 +147,11 @@ class Wanted:
         """What gives candidates, by augmentation; nothing is loaded for those that are not wanted."""
         sources: dict[str, Callable[[int], CandidatesOf]] = {REPLACE: self._neighbours, MASKED_LM: self._masked}
         augment = self.spec.augment
-        return {name: make(int(augment[name].get("k", 15))) for name, make in sources.items() if name in augment}
+        return {name: make(augment[name].get("k", NEAREST)) for name, make in sources.items() if name in augment}
 
     def _neighbours(self, k: int) -> CandidatesOf:
         """Neighbours in the embedding of the teacher as the recipe names it, before it is fine-tuned."""
         from transformers import PreTrainedModel
-
-        from limbeck.tasks.rewriting import Neighbours
 
         spec = self.recipe.teacher
         loaded = load_model(self.task, spec.model, spec.options, spec.training.seed)
@@ -158,10 +163,14 @@ class Wanted:
         return Neighbours(loaded.model.get_input_embeddings().weight, loaded.processor, k)
 
     def _masked(self, k: int) -> CandidatesOf:
-        from limbeck.tasks.rewriting import MaskedWords
-
         assert self.spec.masked_lm is not None
         return MaskedWords.load(self.spec.masked_lm, k)
+
+
+def brought(spec: ExtraSpec) -> dict[str, str]:
+    """Hashes of what else makes extra examples: a user's own augmentations, the model that fills words in."""
+    own = {name: fingerprint(name) for name in spec.augment if ":" in name}
+    return own if spec.masked_lm is None else {**own, "masked words": fingerprint(spec.masked_lm)}
 
 
 def alike(settings: Settings, data: Examples) -> Settings:

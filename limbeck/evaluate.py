@@ -130,18 +130,27 @@ def compare(
     gain = sign * (scores["student"] - scores["baseline"])
     gap = sign * (scores["teacher"] - scores["baseline"])
     ratio, note = distillation_ratio(gain, gap)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        retention = np.nan_to_num(scores["student"] / scores["teacher"], nan=0.0, posinf=0.0, neginf=0.0)
     teacher = logits["teacher"][0]
     return Comparison(
         gain=bootstrap.interval(gain),
         gap=bootstrap.interval(gap),
         ratio=ratio,
         ratio_note=note,
-        retention=bootstrap.interval(retention),
+        retention=bootstrap.interval(kept_share(scores["student"], scores["teacher"])),
         agreement=agreement(bootstrap, teacher, logits["student"]),
         baseline_agreement=agreement(bootstrap, teacher, logits["baseline"]),
     )
+
+
+def kept_share(student: Array, teacher: Array) -> Array:
+    """The student's scores over the teacher's; 0 where the teacher has none.
+
+    Example:
+        >>> kept_share(np.array([0.5, 0.5]), np.array([1.0, 0.0]))
+        array([0.5, 0. ])
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nan_to_num(student / teacher, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def distillation_ratio(gain: Array, gap: Array) -> tuple[Interval | None, str]:

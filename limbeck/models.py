@@ -26,6 +26,7 @@ from limbeck.tasks import Loaded, Task
 from limbeck.tasks.networks import named_network
 from limbeck.tasks.pictures import PictureTask
 from limbeck.tasks.pixels import Pixels
+from limbeck.train import Examples
 from limbeck.train.checkpoint import load_weights, save_weights
 
 STORE = Path("~/.cache/limbeck")
@@ -117,13 +118,25 @@ def check_lengths(limits: Mapping[str, int | None], data: Encoded) -> None:
         ValueError: the message names the length to set.
     """
     for role, most in limits.items():
-        encoded = data.by_role(role).values()
-        longest = max((length for examples in encoded for length in examples.lengths or ()), default=0)
-        if most is not None and longest > most:
-            raise ValueError(
-                f"the {role} reads at most {most} tokens, and the longest text has {longest}; "
-                f"set task.max_length={most}"
-            )
+        for examples in data.by_role(role).values():
+            check_length(f"the {role}", most, examples, f"task.max_length={most}")
+
+
+def check_length(who: str, most: int | None, examples: Examples, cure: str) -> None:
+    """Refuse texts that are longer than a model can read.
+
+    Args:
+        who: The model, in the message.
+        most: The most tokens that it reads; None for no limit.
+        examples: Encoded texts.
+        cure: What to set.
+
+    Raises:
+        ValueError: the message names the length to set.
+    """
+    longest = max(examples.lengths or (), default=0)
+    if most is not None and longest > most:
+        raise ValueError(f"{who} reads at most {most} tokens, and the longest text has {longest}; set {cure}")
 
 
 class TeacherStore:
@@ -204,15 +217,22 @@ class TeacherStore:
         """Save a teacher in the place of one that is there; a folder of that name is always whole."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=".partial-"))
-        save_model(model, processor, partial)
+        try:
+            self._write(model, processor, partial)
+            with self._alone():
+                shutil.rmtree(self.folder, ignore_errors=True)
+                partial.rename(self.folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _write(self, model: nn.Module, processor: Any, folder: Path) -> None:
+        folder.chmod(0o755)  # a temporary folder is for its owner alone, and the store may be for several
+        save_model(model, processor, folder)
         if is_function(self.source.model):
-            save_weights(model, partial / WEIGHTS)
-        (partial / MADE_BY).write_text(json.dumps(self.made_by, indent=2))
-        digests = {path.name: file_digest(path) for path in sorted(partial.iterdir()) if path.is_file()}
-        (partial / DIGESTS).write_text(json.dumps(digests, indent=2))
-        with self._alone():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            partial.rename(self.folder)
+            save_weights(model, folder / WEIGHTS)
+        (folder / MADE_BY).write_text(json.dumps(self.made_by, indent=2))
+        digests = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        (folder / DIGESTS).write_text(json.dumps(digests, indent=2))
 
     def _check_files(self) -> None:
         """Compare every file with its digest; teachers kept by earlier versions have none.

@@ -20,7 +20,7 @@ from limbeck.projectors import Projector, build_projector
 from limbeck.reduce import fitting, masked_mean
 from limbeck.registry import nearest
 from limbeck.terms import Term, in_term, where
-from limbeck.types import EXAMPLE_ID, LABELS, Batch, Output, Signal, Sparse
+from limbeck.types import EXAMPLE_ID, LABELS, LOGITS, Batch, Output, Signal, Sparse
 
 EXAMPLES, IGNORE = "examples", "ignore_index"
 
@@ -221,11 +221,23 @@ class Objective(nn.Module):
             value,
             *([self._value(term, student, teacher, batch, progress=1.0).item()] if term.is_scheduled else []),
         ]
+        if _is_one_number(term, read) and self._is_blind(term, student, teacher, batch, value):
+            raise ValueError(
+                f"{where(term)}: {term.loss_name} is {value:g} whatever the student says, for it compares classes "
+                "and the logits are one number; compare numbers, by loss: mse"
+            )
         wrong = next((v for v in ends if not math.isfinite(v)), None)
         if wrong is not None:
             raise ValueError(f"{where(term)} is {wrong} before any training; check both models' outputs")
         parameters = sum(p.numel() for module in self.beside(term) for p in module.parameters())
         return PlannedTerm(term, _shape(read), _shape(target), _mask_of(term, read, batch), value, parameters)
+
+    def _is_blind(self, term: Term, student: Signal, teacher: Signal, batch: Batch, value: float) -> bool:
+        """Whether a term says the same of a student with other logits, as a softmax over one class does."""
+        logits = student[term.tap]
+        change = torch.arange(1, logits.numel() + 1, device=logits.device).reshape(logits.shape)
+        other = Signal({**student.values, term.tap: logits + change.square()})
+        return self._value(term, other, teacher, batch, progress=0.0).item() == value
 
     def _value(
         self,
@@ -301,6 +313,11 @@ def _sides(term: Term, student: Signal, teacher: Signal, batch: Batch) -> tuple[
         else tuple(teacher[tap] for tap in term.teacher_taps)
     )
     return (read[0], target[0]) if len(read) == 1 else (read, target)
+
+
+def _is_one_number(term: Term, read: Side) -> bool:
+    """Whether a term compares logits of a single number for each example with the teacher's."""
+    return not term.reads_labels and term.tap == LOGITS and isinstance(read, Tensor) and read.shape[-1] == 1
 
 
 def _first(side: Side) -> Tensor:

@@ -108,6 +108,7 @@ class ConsoleObserver(Observer):
         """Move the bar of that name."""
         if name not in self.counts:
             self.counts[name] = self.progress.add_task(name, total=total, note="")
+            self.progress.start()  # this may be before there is a plan
         self.progress.update(self.counts[name], completed=done)
 
     def callbacks(self, stage: str) -> list[Callback]:

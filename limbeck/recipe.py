@@ -289,7 +289,8 @@ class Recipe(Strict):
 
     def to_yaml(self) -> str:
         """Write the recipe with every value spelled out; loading it gives the same recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        data = self.model_dump(mode="json", exclude=set(self._left_to_the_task()))
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
     @property
     def found_maps(self) -> set[str]:
@@ -307,10 +308,17 @@ class Recipe(Strict):
             regression: Whether a number is to be predicted.
             texts: Whether the inputs are texts.
         """
-        parts = load_preset(self.preset).texts if self.preset and texts else {}
-        chosen = {key: part for key, part in parts.items() if key not in self.model_fields_set}
-        whole = type(self).model_validate({**self.model_dump(), **chosen}) if chosen else self
-        return whole.model_copy(update={"terms": self._terms_for(regression)})
+        return self.with_preset(texts).model_copy(update={"terms": self._terms_for(regression)})
+
+    def with_preset(self, texts: bool) -> Recipe:
+        """The recipe with its preset's parts for texts, or without; none of them is left to the task."""
+        chosen = self._left_to_the_task() if texts else {}
+        return type(self).model_validate({**self.model_dump(), **chosen}) if self.preset else self
+
+    def _left_to_the_task(self) -> dict[str, Any]:
+        """A preset's parts for texts, of which the user says nothing."""
+        parts = load_preset(self.preset).texts if self.preset else {}
+        return {key: part for key, part in parts.items() if key not in self.model_fields_set}
 
     def _terms_for(self, regression: bool) -> dict[str, TermSpec]:
         narrower = self.student.shrink is not None

@@ -17,7 +17,7 @@ from limbeck.baseline import plain_terms
 from limbeck.belonging import MADE_BY, holds_this
 from limbeck.distiller import Distiller, read_of_teacher
 from limbeck.encodings import Encoded, encode_for
-from limbeck.enlarging import Wanted, alike
+from limbeck.enlarging import Wanted, alike, brought
 from limbeck.evaluate import count_parameters
 from limbeck.keeping import forms_of
 from limbeck.models import TeacherStore, check_lengths, fingerprint, load_model, save_model
@@ -166,7 +166,7 @@ class Run:
         }
         if recipe.extra is not None:
             check_texts(task)
-            self.made_by["extra"] = recipe.extra.digest()
+            self.made_by |= {"extra": recipe.extra.digest(), **brought(recipe.extra)}
 
     def lend(self, recipe: Recipe, folder: Path, observer: Observer) -> Run:
         """Another run on the ground of this one: its task, its teacher, which is ready, and what that said.
@@ -268,7 +268,7 @@ class Run:
         if wanted is None:
             return None
         with self.ranks.main_process_first():
-            return wanted.make(teacher.folder if isinstance(teacher, KeptTeacher) else None, self.observer.on_note)
+            return wanted.make(teacher.folder if isinstance(teacher, KeptTeacher) else None, self.observer)
 
     def _show(self, plan: Plan) -> None:
         self.observer.on_plan(plan)

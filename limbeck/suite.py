@@ -14,7 +14,7 @@ import numpy as np
 
 from limbeck.atomic import write_text
 from limbeck.belonging import MADE_BY
-from limbeck.evaluate import Bootstrap, distillation_ratio
+from limbeck.evaluate import Bootstrap, distillation_ratio, kept_share
 from limbeck.metrics import Array
 from limbeck.models import TeacherStore
 from limbeck.plan import Observer
@@ -92,7 +92,7 @@ def distill_suite(
         Traceback (most recent call last):
         ValueError: glue/rte is one task; limbeck.distill runs it
     """
-    recipe = as_recipe(recipe)
+    recipe = as_recipe(recipe).with_preset(texts=True)
     tasks = tasks_of_suite(recipe.task.name)
     if not tasks:
         raise ValueError(f"{recipe.task.name} is one task; limbeck.distill runs it")
@@ -115,14 +115,23 @@ class _Suite:
         """Find what is wrong, with the suite and then with each of its tasks; change nothing."""
         self._check_suite()
         self._check_folder()
+        goes_on = self._goes_on() and not overwrite
         wrong: dict[str, str] = {}
         for name in self.tasks:
             try:
-                check_task(task_recipe(self.recipe, name), self.folder / name, overwrite, retrain)
+                anew = retrain and not (goes_on and self._is_finished(name))
+                check_task(task_recipe(self.recipe, name), self.folder / name, overwrite, anew)
             except (ValueError, TypeError, OSError) as error:
                 wrong[name] = " ".join(str(error).split())
         if wrong:
             raise ValueError(_what_is_wrong(wrong, self.tasks))
+
+    def _is_finished(self, name: str) -> bool:
+        return (self.folder / name / REPORT).is_file()
+
+    def _goes_on(self) -> bool:
+        """Whether some tasks are finished and others not: those stay as they are, whatever is to be retrained."""
+        return len(set(map(self._is_finished, self.tasks))) > 1
 
     def _check_suite(self) -> None:
         for name in self.notes:
@@ -148,11 +157,10 @@ class _Suite:
         """Run the tasks, one after the other; the report of what is finished is always there."""
         for name in self.tasks if overwrite else ():  # all at once: after an interruption none is an old one
             delete_run(self.folder / name)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / RECIPE, self.recipe.to_yaml())
         rows = {name: self._as_it_was(name) for name in self.tasks}
         report = self.report(rows)
-        write_suite(report, self.folder)
+        write_suite(report, self.folder)  # first of all, for by it the folder is known as a suite's
+        write_text(self.folder / RECIPE, self.recipe.to_yaml())
         for number, name in enumerate(self.tasks, start=1):
             rows[name] = self._run(name, retrain, observers, number)
             report = self.report(rows)
@@ -161,7 +169,7 @@ class _Suite:
 
     def _as_it_was(self, name: str) -> SuiteRow:
         """The row of a task before its turn: of one that was finished before, what came out."""
-        if not (self.folder / name / REPORT).is_file():
+        if not self._is_finished(name):
             return SuiteRow(name, note=self.notes.get(name, ""))
         return self._row(name, Report.load(self.folder / name))
 
@@ -175,7 +183,7 @@ class _Suite:
                 found = distill(
                     task_recipe(self.recipe, name),
                     self.folder / name,
-                    retrain=retrain,
+                    retrain=retrain and not self._is_finished(name),
                     observer=observer,
                     command=self.command,
                 )
@@ -219,7 +227,11 @@ def task_recipe(recipe: Recipe, name: str) -> Recipe:
 
     place = recipe.cache.place
     folder = place.replace(TASK, name) if TASK in place else f"{place}/{name}"
+    extra = recipe.extra
+    if extra is not None:
+        extra = extra.model_copy(update={"data": tuple(each.replace(TASK, name) for each in extra.data)})
     parts = {
+        "extra": extra,
         "task": recipe.task.model_copy(update={"name": f"glue/{name}", "data": filled(recipe.task.data)}),
         "teacher": recipe.teacher.model_copy(update={"model": filled(recipe.teacher.model)}),
         "student": recipe.student.model_copy(update={"model": filled(recipe.student.model)}),
@@ -229,7 +241,14 @@ def task_recipe(recipe: Recipe, name: str) -> Recipe:
 
 
 class _Checked(Exception):  # noqa: N818  (no error: where a trial ends that went well)
-    """All is checked that can be before training."""
+    """All is checked that can be before training.
+
+    Args:
+        tuned: Whether the teacher is ready as it is.
+    """
+
+    def __init__(self, tuned: bool) -> None:
+        self.tuned = tuned
 
 
 def check_task(recipe: Recipe, folder: Path, overwrite: bool = False, retrain: bool = False) -> None:
@@ -251,16 +270,17 @@ def check_task(recipe: Recipe, folder: Path, overwrite: bool = False, retrain: b
         few = task
     else:
         few = dataclasses.replace(task, splits={name: rows.subset(FEW) for name, rows in task.splits.items()})
-    TeacherStore(resolved, task)  # refuses a place where nothing can be kept
+    store = TeacherStore(resolved, task)
     with TemporaryDirectory() as place:  # what is made for few examples is of no use later
         try:
             Run(resolved.model_copy(update={"store": place}), few, folder, Observer()).teach(_stop)
-        except _Checked:
-            return
+        except _Checked as checked:
+            if not (checked.tuned or store.holds()):
+                store.check_room()
 
 
 def _stop(tuned: bool) -> NoReturn:
-    raise _Checked
+    raise _Checked(tuned)
 
 
 def _what_is_wrong(wrong: Mapping[str, str], tasks: Sequence[str]) -> str:
@@ -319,14 +339,12 @@ def combine(resamples: Mapping[str, Mapping[str, Array]], with_ratio: Sequence[s
         if all(role in each for each in drawn.values())
     }
     teacher, student = roles["teacher"], roles["student"]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        retention = np.nan_to_num(student / teacher, nan=0.0, posinf=0.0, neginf=0.0)
     found: dict[str, Any] = {}
     if "speedup" in roles:
         found["speedup"] = Bootstrap.interval(np.exp(np.log(roles["speedup"]).mean(axis=0)))
     if "baseline" in roles:
         found |= _against_baseline(list(drawn), roles, with_ratio)
-    return Averages(_mean(teacher), _mean(student), _mean(retention), **found)
+    return Averages(_mean(teacher), _mean(student), _mean(kept_share(student, teacher)), **found)
 
 
 def _against_baseline(

@@ -370,13 +370,44 @@ def test_a_run_that_is_not_finished_is_refused(place, tmp_path, command):
     assert (status, "is not finished; go on with it" in printed) == (2, True)
 
 
+def test_texts_that_are_longer_than_a_model_reads_are_refused(place, tmp_path, command):
+    """Up front, and with what to set; a tracer would blame the model's code."""
+    long = tiny.table(12)
+    long["text"] = long["text"].map(lambda text: " ".join([text] * 60))
+    long.to_csv(tmp_path / "long.csv", index=False)
+    model = tiny.save_classifier(tmp_path / "model", ["bad", "good"])
+    data = ["--task", "table", "--data", tmp_path / "long.csv", "--text", "text", "--label", "label"]
+    for words in (["export", model, "--out", tmp_path / "out"], ["evaluate", model, "--repeats", 1]):
+        status, printed = command(*words, *data)
+        assert status == 2
+        assert "reads at most 64 tokens, and the longest text has" in printed
+        assert "set --max-length 64" in printed
+    assert command("evaluate", model, "--repeats", 1, "--max-length", 64, *data)[0] == 0
+
+
+def test_an_allowance_without_int8_is_refused(place, tmp_path, command):
+    status, printed = command("export", place / "run", "--out", tmp_path / "out", "--allowance", "0.1")
+    assert (status, "--allowance is what int8 may cost; add --int8" in printed) == (2, True)
+
+
+def test_a_link_to_a_folder_is_followed(place, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    made = export(find_source(str(place / "run")), tmp_path / "link", ExportOptions("torch"))
+    assert (tmp_path / "real" / made.file).is_file()
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_folders_that_hold_other_things_stay_as_they_are(place, tmp_path, command):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
     status, printed = command("export", place / "run", "--out", out, "--overwrite")
     assert (status, "holds other things" in printed) == (2, True)
-    (out / "thesis.txt").unlink()
+    (out / "thesis.txt").rename(out / "manifest.json")
+    status, printed = command("export", place / "run", "--out", out, "--overwrite")
+    assert (status, f"{out / 'manifest.json'}: it is no manifest of limbeck" in printed) == (2, True)
+    (out / "manifest.json").unlink()
     assert command("export", place / "run", "--out", out, "--format", "torch")[0] == 0
     status, printed = command("export", place / "run", "--out", out)
     assert (status, "holds an export already" in printed) == (2, True)

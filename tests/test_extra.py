@@ -118,11 +118,52 @@ def test_one_text_of_a_pair_is_altered():
 
 
 def test_words_are_replaced_by_candidates_alone():
-    near = lambda texts: [[("x", "y") if word == "fine" else () for word in text.split()] for text in texts]  # noqa: E731
+    near = lambda asked: [("x", "y") if at.core == "fine" else () for at in asked]  # noqa: E731
     extra = made({"augment": {"replace": {"p": 1.0}}, "copies": 4}, replace=near)
     assert set(extra.rows.inputs) == {("a x film",), ("a y film",)}
     only = made({"augment": {"replace": {"p": 1.0, "k": 1}}, "copies": 4}, replace=near)
     assert only.rows.inputs == [("a x film",)]
+
+
+def test_only_words_that_are_drawn_are_asked_about_and_each_once():
+    asked = []
+
+    def near(words):
+        asked.extend(words)
+        return [[f"other{n}" for n in range(9)] for _ in words]
+
+    rows = [("word " * 40,)] * 5
+    made({"augment": {"replace": {"p": 0.1}}, "copies": 2}, task(train=rows), replace=near)
+    assert len(set(asked)) == len(asked)
+    assert 0 < len(asked) < 40  # some 26 of the 40 places are drawn for ten copies
+
+
+def test_candidates_take_the_signs_and_capitals_of_a_word():
+    near = lambda asked: [["grim"]] * len(asked)  # noqa: E731
+    extra = made({"augment": {"replace": {"p": 1.0}}}, task(train=[("Fine, (FILM)!",)]), replace=near)
+    assert extra.rows.inputs == [("Grim, (GRIM)!",)]
+
+
+def test_what_copies_are_left_out_for_is_counted_by_its_reason():
+    extra = made({"augment": {"ngram": {"lengths": [1], "probabilities": [1]}}, "copies": 40},
+                 task(train=[("fine film",)], held=[("Fine!",)]))  # fmt: skip
+    assert extra.rows.inputs == [("film",)]
+    assert extra.dropped["in the evaluation data"] > 0
+    assert sum(extra.dropped.values()) == 39
+
+
+def test_a_text_is_the_same_however_its_accents_are_encoded(tmp_path):
+    held = [("caf\u00e9 na\u00efve",)]
+    extra = made({"data": written(tmp_path, "Cafe\u0301 nai\u0308ve", "a cafe")}, task(held=held))
+    assert extra.rows.inputs == [("a cafe",)]
+
+
+def test_copies_say_how_many_are_done():
+    said = []
+    rows = [(f"text number {n} of many",) for n in range(700)]
+    spec = ExtraSpec(augment="delete", copies=2)
+    make_extra(spec, task(train=rows), OPTIONS, {}, tell=lambda done, total: said.append((done, total)))
+    assert said == [(512, 1400), (1024, 1400), (1400, 1400)]
 
 
 # ---- what the loss makes of it --------------------------------------------------------------------------------
@@ -303,6 +344,17 @@ def test_a_cache_stands_for_the_teacher_of_the_same_extra_examples(run, place, c
         distill({**kept, "extra": {"augment": "replace", "seed": 9}}, place / "other")
 
 
+def test_another_model_that_fills_words_in_makes_another_run(place, tmp_path):
+    """The recipe names it by its folder alone, in which another one may stand when a run goes on."""
+    spec = {"augment": "masked_lm", "masked_lm": str(tmp_path)}
+    recipe = Recipe.parse(tiny.recipe(place, extra=spec))
+    own, made_by = make_task(recipe.task), []
+    for text in ("{}", '{"other": 1}'):
+        (tmp_path / "config.json").write_text(text)
+        made_by.append(Run(recipe, own, place / "new", Observer()).made_by)
+    assert made_by[0] != made_by[1]
+
+
 def test_two_tokenizers_read_the_extra_texts_each_by_its_own(place, tmp_path):
     tokenizer = tiny.train_tokenizer(["a film was very fine and it"], vocabulary=60)
     config = tiny.config(vocab_size=len(tokenizer))
@@ -339,6 +391,8 @@ def test_facts_without_and_with_a_comparison():
         ({"augment": {"mask": {"p": 1.5}}}, "p is a probability from 0 to 1, got 1.5"),
         ({"augment": {"mask": {"q": 0.5}}}, "has no option 'q'"),
         ({"augment": {"replace": {"k": 0}}}, "k is the number of candidates"),
+        ({"augment": {"replace": {"k": 2.5}}}, "k is the number of candidates"),
+        ({"augment": {"mask": {"mask": 5}}}, "augment: mask: .*expected str"),
         ({"augment": ["mask", "mask"]}, "mask stands twice"),
         ({"copies": 3, "data": "x.txt"}, "set it, or drop copies"),
         ({"augment": "masked_lm"}, "set extra.masked_lm"),
@@ -362,6 +416,23 @@ def test_a_recipe_names_extra_data_by_one_word_and_the_command_line_changes_it()
     )
     assert changed.extra.augment == {"delete": {}, "mask": {"p": 0.2}}
     assert changed.extra.copies == 4
+
+
+def test_extra_data_on_the_command_line(command, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("limbeck.cli_distill._run", lambda recipe, *_: made.append(recipe))
+    whole = ["distill", "--task", "docstrings", "--teacher", "x", "--student", "layers:0"]
+    assert command(*whole, "--extra", "a.txt", "--extra", "b", "--augment", "delete", "--copies", "3")[0] == 0
+    assert command(*whole)[0] == 0
+    path = tmp_path / "recipe.yaml"
+    path.write_text(made[0].to_yaml())
+    assert command("distill", path, "--copies", "5")[0] == 0
+    first, without, changed = (recipe.extra for recipe in made)
+    assert (first.data, first.augment, first.copies) == (("a.txt", "b"), {"delete": {}}, 3)
+    assert without is None
+    assert changed == first.model_copy(update={"copies": 5})
+    status, printed = command(*whole, "--copies", "3")
+    assert (status, "names no examples; set extra.data" in printed) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -187,3 +187,17 @@ def test_a_hub_model_has_one_key_before_and_after_it_was_fetched(tmp_path, monke
     assert asked == [("owner/name", "config.json")]
     assert fingerprint(str(Path("./not/there"))) == "not/there@0123abc"  # so may a hub id look
     assert fingerprint("./not/there") == "./not/there@"
+
+
+def test_a_teacher_that_cannot_be_saved_leaves_nothing_and_one_that_can_is_for_all(kept, monkeypatch):
+    store, _, loaded = kept
+    assert store.folder.stat().st_mode & 0o055 == 0o055
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("limbeck.models.save_model", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.keep(loaded.model, loaded.processor)
+    assert [path.name for path in store.folder.parent.iterdir()] == [store.folder.name]
+    assert store.holds()

@@ -1,21 +1,32 @@
 """Words in the place of others: neighbours in an embedding, and what a masked language model expects."""
 
+import io
 import re
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
+from limbeck.enlarging import Wanted
 from limbeck.pretrained import load_masked_lm
+from limbeck.progress import ConsoleObserver
+from limbeck.recipe import Recipe
+from limbeck.tasks import make_task
 from limbeck.tasks.builtin import train_tokenizer
 from limbeck.tasks.extra import ExtraSpec, make_extra
 from limbeck.tasks.noise import AUGMENTATIONS, replacing
-from limbeck.tasks.rewriting import MaskedWords, Neighbours, dressed, whole_words
+from limbeck.tasks.rewriting import MaskedWords, Neighbours, WordAt, whole_words
 
+from . import tiny
 from .test_extra import OPTIONS, task
 
 TEXTS = ["the warm film was very fine", "a cold room and a dull book", "the room was quite warm"]
+
+
+def asked(text):
+    return [WordAt(text, place) for place in range(len(text.split()))]
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +57,10 @@ def test_neighbours_are_those_of_the_largest_cosine(tokenizer):
     torch.manual_seed(0)
     table = torch.randn(len(tokenizer), 6)
     words = whole_words(tokenizer)
-    near = Neighbours(table, tokenizer, k=3)(["warm rooom --"])
+    near = Neighbours(table, tokenizer, k=3)(asked("warm rooom --"))
     own = table[words["warm"]]
     cosine = {w: float(own @ table[i] / (own.norm() * table[i].norm())) for w, i in words.items() if w != "warm"}
-    assert near == [[tuple(sorted(cosine, key=cosine.get, reverse=True)[:3]), (), ()]]
+    assert [list(each) for each in near] == [sorted(cosine, key=cosine.get, reverse=True)[:3], [], []]
 
 
 def test_a_word_of_several_tokens_has_the_neighbours_of_their_mean(tokenizer):
@@ -57,11 +68,11 @@ def test_a_word_of_several_tokens_has_the_neighbours_of_their_mean(tokenizer):
     table = torch.randn(len(tokenizer), 6)
     pieces = tokenizer("warmfilm", add_special_tokens=False)["input_ids"]
     assert len(pieces) > 1
-    assert Neighbours(table, tokenizer, k=3)(["warmfilm"]) == [[()]]
+    assert Neighbours(table, tokenizer, k=3)(asked("warmfilm")) == [()]
     own, words = table[pieces].mean(dim=0), whole_words(tokenizer)
     cosine = {w: float(own @ table[i] / (own.norm() * table[i].norm())) for w, i in words.items()}
-    expected = tuple(sorted(cosine, key=cosine.get, reverse=True)[:3])
-    assert Neighbours(table, tokenizer, k=3, pieces=True)(["warmfilm"]) == [[expected]]
+    expected = sorted(cosine, key=cosine.get, reverse=True)[:3]
+    assert Neighbours(table, tokenizer, k=3, pieces=True)(asked("warmfilm")) == [expected]
 
 
 def test_whole_words_are_found_whatever_the_tokenizer_marks():
@@ -81,7 +92,7 @@ def test_whole_words_are_found_whatever_the_tokenizer_marks():
 def test_a_masked_word_has_the_words_that_the_model_expects_there(tokenizer, model):
     """Against one forward pass for each word, with the whole of the logits."""
     text = "The warm, film was"
-    found = MaskedWords(model, tokenizer, k=4, batch=3)([text, TEXTS[1]])
+    found = MaskedWords(model, tokenizer, k=4, batch=3)([*asked(TEXTS[1]), *asked(text)])[-4:]
     words, numbers = text.split(), whole_words(tokenizer)
     for place, word in enumerate(words):
         core = re.sub(r"\W", "", word)
@@ -90,8 +101,7 @@ def test_a_masked_word_has_the_words_that_the_model_expects_there(tokenizer, mod
         at = batch["input_ids"][0].tolist().index(tokenizer.mask_token_id)
         logits = model(**batch).logits[0, at]
         order = sorted((w for w in numbers if w != core.lower()), key=lambda w: -logits[numbers[w]].item())
-        assert found[0][place] == tuple(dressed(w, word) for w in order[:4])
-    assert len(found[1]) == len(TEXTS[1].split())
+        assert found[place] == order[:4]
 
 
 def test_copies_by_a_masked_language_model_are_texts_that_are_new(tokenizer, model, tmp_path):
@@ -122,3 +132,18 @@ def test_a_tokenizer_that_masks_nothing_is_refused(tokenizer, model):
 @pytest.mark.parametrize("name", ["mask", "delete", "ngram", "shuffle", "long_shuffle", "replace", "masked_lm"])
 def test_every_augmentation_has_a_name(name):
     assert callable(AUGMENTATIONS.get(name))
+
+
+def test_filling_words_in_shows_how_far_it_is(tokenizer, model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    spec = {"augment": "masked_lm", "masked_lm": str(tmp_path / "model"), "copies": 2}
+    recipe = Recipe.parse(tiny.recipe(tiny.place_of(tmp_path), extra=spec, store=str(tmp_path / "store")))
+    own, screen = make_task(recipe.task), io.StringIO()
+    wanted = Wanted.by(recipe, own, tokenizer)
+    with ConsoleObserver(Console(file=screen, width=100, force_terminal=True)) as observer:
+        first = wanted.make(observer=observer)
+    count = 2 * len(own.splits["train"])
+    assert f"{count}/{count}" in screen.getvalue()
+    assert "is done once" in screen.getvalue()
+    assert wanted.make() == first

@@ -321,3 +321,15 @@ def test_a_transform_that_needs_labels_says_so():
     term = Term("logits", loss="forward_kl", transforms="probability_shift")
     with pytest.raises(ValueError, match="labels"):
         Distiller(*models(), [term])((images()[0],)[0])
+
+
+@pytest.mark.parametrize("loss", ["forward_kl", "js_divergence", "soft_cross_entropy", "total_variation"])
+def test_a_divergence_between_single_numbers_is_refused(loss):
+    """A softmax over one class is 1: such a term would teach nothing, and say so by no more than a zero."""
+    batch = {"input": torch.randn(2, 4), "labels": torch.tensor([0.5, 2.0])}
+    student, teacher = nn.Linear(4, 1), nn.Linear(4, 1)
+    with pytest.raises(ValueError, match=rf"term 'kd' .*: {loss} is -?0 whatever the student says.*by loss: mse"):
+        Distiller(student, teacher, [Term("logits", loss=loss, name="kd")]).preflight(batch)
+    Distiller(copy.deepcopy(teacher), teacher, [Term("logits", loss="mse")]).preflight(batch)  # 0 at first alone
+    classes = nn.Linear(4, 2)
+    Distiller(copy.deepcopy(classes), classes, [Term("logits", loss=loss)]).preflight(batch)

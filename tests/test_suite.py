@@ -174,6 +174,10 @@ def refused(result, said):
         (["--teacher", "cache:signals"], "is a cache of one task, and these are several; write {task} where"),
         (["--teacher", "no/such/folder"], "cannot load a text model from 'no/such/folder'"),
         (["--set", "terms={kd: {tap: nowhere, loss: mse}}"], "student: no module or output 'nowhere'"),
+        (
+            ["--set", "terms={kd: {loss: forward_kl}}"],
+            "1 of 3 tasks cannot run: stsb: term 'kd' (logits -> logits): ",
+        ),
         (["--set", "terms={kd: {loss: msee}}"], "error: terms.kd: unknown loss 'msee'; did you mean 'mse'"),
         (["--set", "task.label=x"], "takes no 'label'"),
     ],
@@ -244,6 +248,55 @@ def test_the_recipe_of_a_suite_gives_it_again(command, copied):
     assert status == 0, printed
 
 
+def test_the_recipe_of_a_suite_has_what_its_preset_says_of_texts(copied, monkeypatch):
+    """A recipe that is written out and read again is the same, with the extra data of its preset."""
+    source = {"task": "glue/sst2,rte", "teacher": "t", "student": "layers:0", "preset": "best"}
+    whole, without = Recipe.parse(source), Recipe.parse({**source, "extra": None})
+    for recipe in (whole, without, whole.with_preset(texts=True)):
+        again = Recipe.parse(yaml.safe_load(recipe.to_yaml()))
+        assert again.resolved(regression=False) == recipe.resolved(regression=False)
+    assert whole.with_preset(texts=True).extra.copies == 2
+    assert without.with_preset(texts=True).extra is None
+    ran = []
+
+    def stopped(recipe, folder, **options):
+        ran.append(recipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("limbeck.suite.distill", stopped)
+    monkeypatch.setattr("limbeck.suite.check_task", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        distill_suite(whole, copied, overwrite=True)
+    assert ran[0].extra.copies == 2
+    assert yaml.safe_load((copied / "recipe.yaml").read_text())["extra"]["copies"] == 2
+
+
+def test_retraining_that_was_interrupted_goes_on(copied, monkeypatch):
+    """By the same command: what it finished is not made a third time, and is no reason to refuse the rest."""
+    asked = {}
+
+    def watched(recipe, folder, *, retrain, **options):
+        asked[recipe.task.name] = retrain
+        raise ArithmeticError("enough")
+
+    monkeypatch.setattr("limbeck.suite.distill", watched)
+    with pytest.raises(ValueError, match="holds a run with its teacher; to make it anew, pass --overwrite"):
+        distill_suite(copied / "recipe.yaml", copied, retrain=True)
+    shutil.rmtree(copied / "rte")
+    distill_suite(copied / "recipe.yaml", copied, retrain=True)
+    assert asked == {"glue/sst2": False, "glue/stsb": False, "glue/rte": True}
+
+
+def test_a_store_that_cannot_be_written_is_found_before_any_task_is_begun(command, place, tmp_path, monkeypatch):
+    def refusing(store):
+        raise ValueError(f"fine-tuned models cannot be kept in {store.root}")
+
+    monkeypatch.setattr("limbeck.models.TeacherStore.check_room", refusing)
+    more = ["--set", f"store={tmp_path / 'store'}"]
+    refused(command(*words(place, tmp_path / "suite", *more, task="glue/sst2,rte")), "cannot be kept in")
+    assert not (tmp_path / "suite").exists()
+
+
 def test_the_recipe_of_a_task(tmp_path):
     source = {"task": "glue/all", "teacher": "models/{task}", "student": "layers:0", "preset": "best"}
     own = task_recipe(Recipe.parse(source, [f"cache.place={tmp_path}", "task.data=my/{task}"]), "stsb")
@@ -253,6 +306,8 @@ def test_the_recipe_of_a_task(tmp_path):
     assert set(own.resolved(regression=True).terms) == {"kd", "labels", "hidden"}
     assert own.resolved(regression=True).terms["labels"].loss == "label_mse"
     assert task_recipe(Recipe.parse(source), "rte").cache.place == "memory"
+    more = task_recipe(Recipe.parse({**source, "extra": "more/{task}.txt"}), "rte")
+    assert more.extra.data == ("more/rte.txt",)
 
 
 # ---- what the tasks come to together, against plain code

@@ -20,6 +20,7 @@ from limbeck.deploy.served import open_onnx, open_program
 from limbeck.deploy.sources import ROLES, check_is_model, is_run, load_for, load_of_run, read_run
 from limbeck.evaluate import Bootstrap, agreement, count_parameters, quartiles, size_in_bytes, time_in_turns
 from limbeck.metrics import Array, get_metric
+from limbeck.models import check_length
 from limbeck.pretrained import load_tokenizer, most_tokens
 from limbeck.report.report import Interval
 from limbeck.tasks import VALIDATION, Rows, Task, TaskOptions, is_regression, make_task
@@ -161,6 +162,8 @@ def evaluate(
         opened = [open_model(name, task) for name in models]
         rows = task.splits[VALIDATION]
         data = {one.name: task.encode(rows, one.processor) for one in opened}
+        for one in opened:
+            check_length(one.name, one.most_tokens, data[one.name], f"--max-length {one.most_tokens}")
         timed = data
         if length is not None:
             timed = {one.name: of_length(task, rows, one, length) for one in opened}

@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from limbeck.deploy.manifest import MANIFEST, Manifest, Parity, file_digest, versions
+from limbeck.deploy.manifest import MANIFEST, Manifest, Parity, versions
 from limbeck.deploy.onnx_files import MOST_BYTES, need_onnx, write_int8, write_onnx, write_optimised
 from limbeck.deploy.parity import ALLOWANCE, check_close, check_kept, compared, first, greatest_difference
 from limbeck.deploy.program import graph_inputs, plain_attention, trace, write_program
 from limbeck.deploy.served import open_onnx, open_program
 from limbeck.deploy.sources import Source
 from limbeck.evaluate import count_parameters, size_in_bytes
+from limbeck.models import file_digest
 from limbeck.pretrained import most_tokens
 from limbeck.registry import nearest
 
@@ -106,7 +107,7 @@ def export(
         >>> made.file, made.parity.greatest_difference <= 1e-4
         ('model.pt2', True)
     """
-    options, out = options or ExportOptions(), Path(out)
+    options, out = options or ExportOptions(), Path(out).resolve()  # what a link stands for is replaced, not it
     need_format(options)
     check_folder(out, overwrite)
     if options.format == ONNX and size_in_bytes(source.model) > MOST_BYTES:
@@ -147,7 +148,10 @@ def check_folder(out: Path, overwrite: bool) -> None:
         return
     if not (out / MANIFEST).is_file():
         raise ValueError(f"{out} holds other things; choose a new or empty folder with --out")
-    own = Manifest.from_json((out / MANIFEST).read_text(encoding="utf-8")).files
+    try:
+        own = Manifest.from_json((out / MANIFEST).read_text(encoding="utf-8")).files
+    except ValueError as error:
+        raise ValueError(f"{out / MANIFEST}: {error}; choose a new or empty folder with --out") from None
     others = sorted(names - {MANIFEST, *own})
     if others:
         raise ValueError(f"{out} holds other things beside an export ({others[0]}); choose another --out")

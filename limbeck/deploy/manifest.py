@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import platform
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.atomic import write_text
+from limbeck.models import file_digest
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -139,15 +139,6 @@ class Manifest:
         if file_digest(model) != made.sha256:
             raise ValueError(f"{model} is not the file that {MANIFEST} speaks of; export it again")
         return made
-
-
-def file_digest(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def versions(names: Sequence[str] = TOLD) -> dict[str, str]:

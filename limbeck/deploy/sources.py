@@ -12,7 +12,7 @@ from torch import nn
 
 from limbeck.cache.keys import weights_digest
 from limbeck.deploy.manifest import MANIFEST
-from limbeck.models import MADE_BY, TeacherStore, load_model, make_student
+from limbeck.models import MADE_BY, TeacherStore, check_length, load_model, make_student
 from limbeck.pretrained import is_path, load_pretrained, load_tokenizer, most_tokens
 from limbeck.recipe import Recipe
 from limbeck.registry import nearest
@@ -236,11 +236,13 @@ def _cut_after(task: Task, model: nn.Module) -> int | None:
 
 def _with_task(loaded: Loaded, task: Task, options: TaskOptions, lineage: dict[str, Any]) -> Source:
     rows = task.splits[VALIDATION]
+    examples, most = task.encode(rows, loaded.processor), most_tokens(loaded.model)
+    check_length("the model", most, examples, f"--max-length {most}")
     data = {"data": {name: each.fingerprint() for name, each in task.splits.items()}}
     return Source(
         model=loaded.model,
         processor=loaded.processor,
-        examples=task.encode(rows, loaded.processor),
+        examples=examples,
         inputs=f"validation data of {task.name}",
         metric=task.metrics[0],
         labels=task.labels,

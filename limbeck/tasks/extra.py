@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,23 +17,18 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from limbeck.registry import check_options
 from limbeck.strict import Strict, Texts
-from limbeck.tasks.base import TRAIN, Rows, Task, TaskOptions, content, is_regression, reads_texts
+from limbeck.tasks.base import TRAIN, Rows, Task, TaskOptions, is_regression, reads_texts
+from limbeck.tasks.copies import BY_CANDIDATES, MASK, Copies, Count, Example, Kept
 from limbeck.tasks.glue import GLUE
 from limbeck.tasks.noise import AUGMENTATIONS
+from limbeck.tasks.rewriting import CandidatesOf
 from limbeck.tasks.tables import SUFFIXES, read_table, text_rows
 from limbeck.types import IGNORE_INDEX
 
-Example = tuple[str, ...]
-CandidatesOf = Callable[[Sequence[str]], list[list[tuple[str, ...]]]]
-
 UNLABELLED = "unlabelled"
-EVALUATED, KNOWN = "in the evaluation data", "there already"
-"""Why an example is left out."""
-
-REPLACE, MASKED_LM, MASK, CANDIDATES = "replace", "masked_lm", "mask", "candidates"
+REPLACE, MASKED_LM, CANDIDATES = "replace", "masked_lm", "candidates"
 TEXT = ".txt"
-TRIES = 4
-"""How often a copy is drawn that comes out like one that is there."""
+FEW = 32
 
 
 def _as_methods(value: Any) -> Any:
@@ -93,22 +88,17 @@ class ExtraSpec(Strict):
 
     @model_validator(mode="after")
     def _can_be_done(self) -> ExtraSpec:
-        """Check names and options by altering one word."""
+        """Check names and options by altering a few words."""
         for name, options in self.augment.items():
             function = AUGMENTATIONS.get(name)
-            given = {CANDIDATES: [()]} if self.draws_from_candidates(name) else {}
+            given = {CANDIDATES: [["other"]] * FEW} if name in BY_CANDIDATES else {}
             try:
                 check_options(function, options, given, f"augment: {name}")
-                function(["word"], np.random.default_rng(0), **given, **options)
+                " ".join(function(["word"] * FEW, np.random.default_rng(0), **given, **options))
             except (TypeError, ValueError) as error:
                 where = "" if str(error).startswith("augment") else f"augment: {name}: "
                 raise ValueError(f"{where}{error}") from None
         return self
-
-    @staticmethod
-    def draws_from_candidates(name: str) -> bool:
-        """Whether an augmentation asks what may stand in the place of each word."""
-        return name in (REPLACE, MASKED_LM)
 
     def files(self) -> list[Path]:
         """The files of unlabelled text; of a folder those with a known ending, by name.
@@ -126,7 +116,7 @@ class ExtraSpec(Strict):
         """
         digest = hashlib.sha256()
         for path in self.files():
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digest.update(path.suffix.encode() + hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()
 
 
@@ -184,6 +174,7 @@ def make_extra(
     options: TaskOptions,
     candidates: Mapping[str, CandidatesOf],
     mask: str | None = None,
+    tell: Count = lambda done, total: None,
 ) -> Extra:
     """Read the unlabelled texts and alter the training examples.
 
@@ -194,8 +185,9 @@ def make_extra(
         spec: What is wanted.
         task: The task with its data.
         options: Its options, which may name the text columns.
-        candidates: For the augmentations that draw from such, what gives the candidates of each word.
+        candidates: For the augmentations that draw from such, what gives the candidates of words.
         mask: The token that masks a word, for ``augment: mask``.
+        tell: Called now and then with how many copies are done, of how many.
 
     Raises:
         ValueError: files that cannot be read, no token that masks, or nothing left.
@@ -208,14 +200,16 @@ def make_extra(
         (['delete'], True, -100)
     """
     width = check_texts(task)
-    kept = _Kept(task)
+    kept = Kept(task)
     found = [row for row in read_unlabelled(spec, width, options) if kept.takes(row)]
     if spec.examples is not None and len(found) > spec.examples:
         chosen = np.random.default_rng(spec.seed).permutation(len(found))[: spec.examples]
         found = [found[i] for i in sorted(chosen.tolist())]
     origins = {UNLABELLED: len(found)} if spec.data else {}
     if spec.augment:
-        made = list(_Copies(spec, task.splits[TRAIN].inputs, candidates, mask).all(kept))
+        rows = task.splits[TRAIN].inputs
+        copies = Copies(_with_mask(spec, mask), spec.copies or 1, spec.seed, rows, candidates)
+        made = list(copies.all(kept, tell))
         counts = Counter(name for name, _ in made)
         origins |= {name: counts[name] for name in spec.augment}
         found += [row for _, row in made]
@@ -225,79 +219,21 @@ def make_extra(
     return Extra(unlabelled(found, is_regression(task)), origins, kept.dropped)
 
 
-class _Kept:
-    """What is there already, so that nothing comes twice and nothing of the evaluation data comes at all."""
+def _with_mask(spec: ExtraSpec, mask: str | None) -> dict[str, dict[str, Any]]:
+    """The augmentations with their options, and what masks for the one that does not say.
 
-    def __init__(self, task: Task) -> None:
-        evaluated = (row for name, rows in task.splits.items() if name != TRAIN for row in rows.inputs)
-        self.evaluated = {key for row in evaluated for key in _keys(row)}
-        self.known = {content(row) for row in task.splits[TRAIN].inputs}
-        self.dropped = {EVALUATED: 0, KNOWN: 0}
-
-    def reason(self, row: Example) -> str | None:
-        """Why a row is left out, if it is."""
-        if content(row) in self.known or not all(text.strip() for text in row):
-            return KNOWN
-        return EVALUATED if _key(row) in self.evaluated else None
-
-    def takes(self, row: Example) -> bool:
-        """Take a row, or count why not."""
-        why = self.reason(row)
-        if why is not None:
-            self.dropped[why] += 1
-        self.known.add(content(row))
-        return why is None
-
-
-def _key(row: Example) -> tuple[str, ...]:
-    """What two texts have in common that are the same but for case, spaces and signs."""
-    return tuple("".join(filter(str.isalnum, text.casefold())) or text.strip() for text in row)
-
-
-def _keys(row: Example) -> set[tuple[str, ...]]:
-    """The same of a pair in either order."""
-    return {_key(row), _key(row[::-1])}
-
-
-class _Copies:
-    """Altered copies of the training examples; one text of each is altered, drawn at random."""
-
-    def __init__(
-        self, spec: ExtraSpec, rows: Sequence[Example], candidates: Mapping[str, CandidatesOf], mask: str | None
-    ) -> None:
-        self.spec, self.rows, self.names = spec, rows, list(spec.augment)
-        texts = list(dict.fromkeys(text for row in rows for text in row))
-        asking = [name for name in self.names if spec.draws_from_candidates(name)]
-        self.near = {name: dict(zip(texts, candidates[name](texts), strict=True)) for name in asking}
-        self.options = dict(spec.augment)
-        if MASK in self.options and MASK not in self.options[MASK]:
-            if mask is None:
-                raise ValueError(
-                    "augment: mask finds no token that masks in the teacher's tokenizer; write "
-                    "{mask: {mask: '[MASK]'}}"
-                )
-            self.options[MASK] = {MASK: mask, **self.options[MASK]}
-
-    def all(self, kept: _Kept) -> Iterator[tuple[str, Example]]:
-        """Each copy with the name of what made it; the same draws whatever else is there."""
-        for number, row in enumerate(self.rows):
-            for copy in range(self.spec.copies or 1):
-                generator = np.random.default_rng((self.spec.seed, number, copy))
-                name = self.names[int(generator.integers(len(self.names)))]
-                tries = (self._altered(row, name, generator) for _ in range(TRIES))
-                made = next((new for new in tries if kept.reason(new) is None), None)
-                if made is None:
-                    kept.dropped[KNOWN] += 1
-                elif kept.takes(made):
-                    yield name, made
-
-    def _altered(self, row: Example, name: str, generator: np.random.Generator) -> Example:
-        side = int(generator.integers(len(row)))
-        options = self.options[name]
-        if name in self.near:
-            options = {**options, CANDIDATES: self.near[name][row[side]]}
-        words = AUGMENTATIONS.get(name)(row[side].split(), generator, **options)
-        return (*row[:side], " ".join(words), *row[side + 1 :])
+    Raises:
+        ValueError: nothing masks.
+    """
+    options = dict(spec.augment)
+    if MASK in options and MASK not in options[MASK]:
+        if mask is None:
+            raise ValueError(
+                "augment: mask finds no token that masks in the teacher's tokenizer; write "
+                "{mask: {mask: '[MASK]'}}"
+            )
+        options[MASK] = {MASK: mask, **options[MASK]}
+    return options
 
 
 def read_unlabelled(spec: ExtraSpec, width: int, options: TaskOptions) -> list[Example]:
@@ -344,7 +280,7 @@ def _read(path: Path, spec: ExtraSpec, width: int, options: TaskOptions) -> list
 def _lines(path: Path, width: int) -> list[Example]:
     """One example a line, with a tab between the texts of a pair."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"cannot read {path} as UTF-8: {error}") from None
     found = []

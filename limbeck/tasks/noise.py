@@ -160,10 +160,19 @@ def long_disorder(tokens: Sequence[T], generator: Generator, *, p: float = 0.1, 
     return out
 
 
+REPLACED, NEAREST = 0.4, 15
+"""How probably a word is replaced, and by one of how many, where nothing else is said: as in TinyBERT."""
+
+
 @AUGMENTATIONS.register_as("replace")
 @AUGMENTATIONS.register_as("masked_lm")
 def replacing(
-    tokens: Sequence[T], generator: Generator, *, candidates: Sequence[Sequence[T]], p: float = 0.4, k: int = 15
+    tokens: Sequence[T],
+    generator: Generator,
+    *,
+    candidates: Sequence[Sequence[T]],
+    p: float = REPLACED,
+    k: int = NEAREST,
 ) -> list[T]:
     """Replace each token by one of its candidates with the probability `p`.
 
@@ -175,7 +184,7 @@ def replacing(
         k: How many of the candidates are drawn from, all of them alike.
 
     Raises:
-        ValueError: p is no probability, k is below 1, or not as many lists of candidates as tokens.
+        ValueError: p is no probability, k is no number from 1 on, or not as many lists of candidates as tokens.
 
     Example:
         >>> near = [[], ["hot", "cool"], ["hall"]]
@@ -185,13 +194,46 @@ def replacing(
     Reference:
         Jiao et al. 2020, TinyBERT, arXiv:1909.10351, algorithm 1 (p 0.4, K 15).
     """
-    _check_probability(p)
-    if not k >= 1:
-        raise ValueError(f"k is the number of candidates, at least 1, got {k!r}")
+    check_count(k)
+    places = drawn(len(tokens), generator, p)
     return [
-        near[int(generator.choice(min(k, len(near))))] if near and generator.random() < p else token
-        for token, near in zip(tokens, candidates, strict=True)
+        one_of(near, generator, k, token) if i in places else token
+        for i, (token, near) in enumerate(zip(tokens, candidates, strict=True))
     ]
+
+
+def drawn(count: int, generator: Generator, p: float) -> list[int]:
+    """The places that are to be replaced, each with the probability `p`, so that only they need candidates.
+
+    Raises:
+        ValueError: p is no probability.
+
+    Example:
+        >>> drawn(6, np.random.default_rng(0), 0.5)
+        [1, 2, 3]
+    """
+    _check_probability(p)
+    return [place for place in range(count) if generator.random() < p]
+
+
+def one_of(candidates: Sequence[T], generator: Generator, k: int, token: T) -> T:
+    """One of the k likeliest candidates, all of them alike; the token itself where there are none.
+
+    Example:
+        >>> one_of(["hot", "cool", "dim"], np.random.default_rng(0), 2, "warm"), one_of([], None, 2, "warm")
+        ('cool', 'warm')
+    """
+    return candidates[int(generator.choice(min(k, len(candidates))))] if candidates else token
+
+
+def check_count(k: Any) -> None:
+    """Refuse a number of candidates that is none.
+
+    Raises:
+        ValueError: it is no whole number from 1 on.
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k is the number of candidates, at least 1, got {k!r}")
 
 
 def _check_probability(p: float) -> None:

@@ -10,19 +10,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from limbeck.pretrained import load_masked_lm, load_tokenizer, most_tokens
 
-Candidates = list[tuple[str, ...]]
-"""For each word of a text, what may stand in its place, the likeliest first."""
 
-Source = Callable[[Sequence[str]], list[Candidates]]
-"""Gives the candidates of each word, for several texts at once."""
+class WordAt(NamedTuple):
+    """One of the words of a text, which something else may stand for."""
+
+    text: str
+    place: int
+
+    @property
+    def core(self) -> str:
+        """The word without the signs around it."""
+        return split_word(self.text.split()[self.place])[1]
+
+
+Candidates = Sequence[str]
+"""What may stand for a word, the likeliest first, without its signs and capitals."""
+
+CandidatesOf = Callable[[Sequence[WordAt]], list[Candidates]]
+"""Gives the candidates of words, many at once."""
 
 _PARTS = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)
 AT_ONCE = 1024
@@ -92,8 +104,8 @@ class Neighbours:
         >>> tokenizer = train_tokenizer(["a warm room", "a hot hall"], vocabulary=60)
         >>> table = torch.eye(len(tokenizer))
         >>> table[whole_words(tokenizer)["hot"]] = table[whole_words(tokenizer)["warm"]] + 0.1
-        >>> Neighbours(table, tokenizer, k=1)(["Hot!"])
-        [[('Warm!',)]]
+        >>> Neighbours(table, tokenizer, k=1)([WordAt("Hot!", 0)])
+        [['warm']]
     """
 
     def __init__(self, embedding: Tensor, tokenizer: Any, k: int, pieces: bool = False) -> None:
@@ -103,14 +115,11 @@ class Neighbours:
         self.words, self.numbers = list(known), set(known.values())
         self.whole = nn.functional.normalize(self.rows[list(known.values())], dim=-1)
 
-    def __call__(self, texts: Sequence[str]) -> list[Candidates]:
-        """The neighbours of each word of each text; none for what is no word of the vocabulary."""
-        split = [text.split() for text in texts]
-        near = self.of(core for words in split for word in words if (core := split_word(word)[1]))
-        return [
-            [tuple(dressed(other, word) for other in near.get(split_word(word)[1], ())) for word in words]
-            for words in split
-        ]
+    def __call__(self, asked: Sequence[WordAt]) -> list[Candidates]:
+        """The neighbours of words in their texts; none for what is no word of the vocabulary."""
+        cores = [each.core for each in asked]
+        near = self.of(cores)
+        return [near.get(core, ()) for core in cores]
 
     def of(self, words: Iterable[str]) -> dict[str, list[str]]:
         """The neighbours of words without signs around them; those that have none are left out."""
@@ -138,19 +147,10 @@ def without(words: Iterable[str], word: str) -> list[str]:
     return [other for other in words if other.casefold() != word.casefold()]
 
 
-@dataclass(frozen=True)
-class Gap:
-    """A word of a text that is masked, to be filled in."""
-
-    text: int
-    place: int
-    masked: str
-
-
 class MaskedWords:
     """What a masked language model expects in the place of each word, and neighbours of words of several tokens.
 
-    Each word that is one token is masked by itself, the rest of its text is read as it is.
+    Each word that is asked about and is one token is masked by itself; the rest of its text is read as it is.
 
     Args:
         model: A masked language model of transformers.
@@ -186,31 +186,28 @@ class MaskedWords:
         """
         return cls(load_masked_lm(source), load_tokenizer(source), k)
 
-    def __call__(self, texts: Sequence[str]) -> list[Candidates]:
-        """The candidates of each word of each text; none for what the model does not know."""
-        found = self.neighbours(texts)
-        gaps = [gap for number, text in enumerate(texts) for gap in self._gaps(number, text)]
-        gaps.sort(key=lambda gap: len(gap.masked))
-        for start in range(0, len(gaps), self.batch):
-            part = gaps[start : start + self.batch]
-            for gap, best in zip(part, self._expected([gap.masked for gap in part]), strict=True):
-                word = texts[gap.text].split()[gap.place]
-                kept = without(best, split_word(word)[1])[: self.k]
-                found[gap.text][gap.place] = tuple(dressed(other, word) for other in kept)
+    def __call__(self, asked: Sequence[WordAt]) -> list[Candidates]:
+        """The candidates of words in their texts; none for what the model does not know."""
+        found: list[Candidates] = [()] * len(asked)
+        masked = {i: text for i, each in enumerate(asked) if (text := self._masked(each)) is not None}
+        others = [i for i in range(len(asked)) if i not in masked]
+        for i, near in zip(others, self.neighbours([asked[i] for i in others]), strict=True):
+            found[i] = near
+        order = sorted(masked, key=lambda i: len(masked[i]))  # texts of like length together
+        for start in range(0, len(order), self.batch):
+            part = order[start : start + self.batch]
+            for i, best in zip(part, self._expected([masked[i] for i in part]), strict=True):
+                found[i] = without(best, asked[i].core)[: self.k]
         return found
 
-    def _gaps(self, number: int, text: str) -> list[Gap]:
-        """The text once for each of its words that is one token, masked."""
-        words, mask = text.split(), self.tokenizer.mask_token
-        if mask in text:  # which of them would be asked for?
-            return []
-        found = []
-        for place, word in enumerate(words):
-            before, core, behind = split_word(word)
-            if core and self._is_one(core):
-                masked = [*words[:place], f"{before}{mask}{behind}", *words[place + 1 :]]
-                found.append(Gap(number, place, " ".join(masked)))
-        return found
+    def _masked(self, asked: WordAt) -> str | None:
+        """The text with that word masked; None where it is not one token, or others are masked there."""
+        words, mask = asked.text.split(), self.tokenizer.mask_token
+        before, core, behind = split_word(words[asked.place])
+        if mask in asked.text or not (core and self._is_one(core)):
+            return None
+        words[asked.place] = f"{before}{mask}{behind}"
+        return " ".join(words)
 
     def _is_one(self, word: str) -> bool:
         return word in self.known or word.lower() in self.known
