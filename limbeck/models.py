@@ -164,7 +164,8 @@ class TeacherStore:
             "model": recipe.teacher.model,
             "content": fingerprint(recipe.teacher.model),
             "options": recipe.teacher.options,
-            "training": recipe.teacher.training.model_dump(mode="json"),
+            # without what is not set, so that a setting that a later version adds makes no other teacher
+            "training": recipe.teacher.training.model_dump(mode="json", exclude_none=True),
             "task": task.name,
             "labels": list(task.labels),
             "metric": task.metrics[0],
