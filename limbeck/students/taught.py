@@ -39,7 +39,8 @@ def freeze_embeddings(model: nn.Module) -> None:
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> model = BertModel(BertConfig(8, 4, 1, 1, 4))
+        >>> sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 4}
+        >>> model = BertModel(BertConfig(vocab_size=8, **sizes))
         >>> freeze_embeddings(model)
         >>> model.embeddings.word_embeddings.weight.requires_grad
         False
