@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
@@ -22,6 +21,7 @@ from limbeck.report import format as write
 from limbeck.report.html import render_html
 from limbeck.report.markdown import render_card
 from limbeck.report.plots import quality_against_latency, scores_over_steps, tap_map, training_curves
+from tests.pages import Page
 
 SCRIPT = "<script>alert(1)</script>"
 LONG = "Donaudampfschifffahrtselektrizitätenhauptbetriebswerk" * 3
@@ -174,32 +174,6 @@ REPORTS = (full, minimal, hostile, error_metric, nothing_right, diverged)
 any_report = pytest.mark.parametrize("make", REPORTS, ids=lambda make: make.__name__)
 
 
-class Page(HTMLParser):
-    """Gathers what a browser would see of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.words: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(key, value or "") for key, value in attrs]
-
-    def handle_data(self, data):
-        if self.tags[-1:] != ["style"]:
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-    def values(self, key: str) -> list[str]:
-        return [value for name, value in self.attributes if name == key]
-
-
 def printed(report: Report, width: int = 80) -> str:
     stream = io.StringIO()
     print_report(report, Console(file=stream, width=width))
@@ -266,7 +240,7 @@ def test_page_opens_with_the_verdict(make):
 
 
 def test_page_has_the_numbers():
-    text = Page(render_html(full())).text.replace("\u00a0", " ")
+    text = Page(render_html(full())).text
     for number in ("92.4", "[90.4, 94.4]", "89.3", "109.5 M", "438.0 MB", "41.3", "3 min 12 s", "7.3 s", "42.5%"):
         assert number in text
     for number in ("+1.9 points", "[+0.8, +3.0]", "0.37", "96.6%", "93.1%", "90.1%", "5.2×", "0.21×"):

@@ -10,7 +10,6 @@ import re
 import statistics
 import subprocess
 import sys
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
@@ -25,6 +24,7 @@ from limbeck.report.search.plots import outside, quality_against
 from limbeck.report.search.proof import checks, share_kept
 from limbeck.report.search.tables import demand_rows, facts_of_search, ranked, trial_rows
 from limbeck.report.search.values import short_names, value_text, values_in_words
+from tests.pages import Page
 from tests.searches import candidate, proof, search
 
 SCRIPT = "<script>alert(1)</script>"
@@ -110,29 +110,6 @@ def rechosen(report: SearchReport, trials) -> SearchReport:
 
 REPORTS = (few, met, many, empty, all_failed, hostile, an_error, below_zero, odd)
 any_report = pytest.mark.parametrize("make", REPORTS, ids=lambda make: make.__name__)
-
-
-class Page(HTMLParser):
-    """Gathers what a browser would see of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.words: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(key, value or "") for key, value in attrs]
-
-    def handle_data(self, data):
-        if self.tags[-1:] != ["style"]:
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split()).replace("\u00a0", " ")
 
 
 def printed(report: SearchReport, width: int = 80) -> str:
