@@ -96,11 +96,11 @@ def distill(
 ) -> None:
     """Distil a teacher into a student, beside a plainly trained twin, and report."""
     parts: dict[str, Any] = {
-        "task": _said(name=task, data=data, text=text, label=label),
+        "task": said(name=task, data=data, text=text, label=label),
         "teacher": {} if teacher is None else {"model": teacher},
         "student": student or {},
-        "cache": _said(place=cache, gib=cache_gib),
-        "extra": _said(data=extra, augment=augment, copies=copies),
+        "cache": said(place=cache, gib=cache_gib),
+        "extra": said(data=extra, augment=augment, copies=copies),
         "preset": preset,
         "store": finetuned_cache,
     }
@@ -117,7 +117,7 @@ def distill(
         _run(made, out, overwrite, retrain)
 
 
-def _said(**options: Any) -> dict[str, Any]:
+def said(**options: Any) -> dict[str, Any]:
     """A part of a recipe, of what was typed."""
     return {key: value for key, value in options.items() if value not in (None, [], "")}
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from limbeck.cli_cache import Interrupted, recipe_file
-from limbeck.cli_distill import Debug, Kept, Set, read_recipe
+from limbeck.cli_distill import Debug, Kept, Set, read_recipe, said
 from limbeck.report.candidates import Demands
 from limbeck.report.quantities import milliseconds_of, seconds_of, size_of
 
@@ -64,9 +64,8 @@ def search(
     debug: Debug = False,
 ) -> None:
     """Search for the best student, or the smallest that keeps what is asked, and prove it."""
-    chosen = {"name": task, "data": data, "text": text, "label": label}
     parts: dict[str, Any] = {
-        "task": {key: value for key, value in chosen.items() if value},
+        "task": said(name=task, data=data, text=text, label=label),
         "teacher": {} if teacher is None else {"model": teacher},
         "student": student or {},
         "preset": preset,
