@@ -304,7 +304,7 @@ def test_report_command(limbeck, place, tmp_path):
 
 
 LISTED = {
-    "presets": "without a search",
+    "presets": "a first answer in little time",
     "losses": "forward_kl",
     "transforms": "standardize",
     "temperatures": "flsw",
