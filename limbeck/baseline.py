@@ -1,4 +1,4 @@
-"""The baseline: the student's twin, from the same start and with as many updates, taught by the labels alone."""
+"""The baseline: the student's twin with as many updates, taught by the labels alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from limbeck.strict import Strict
 from limbeck.terms import Term
 from limbeck.train import Settings
 
+STUDENT, PRETRAINED = "student", "pretrained"
+"""Where a baseline begins: where the student does, or made likewise of the teacher before it was fine-tuned."""
+
 
 class BaselineSpec(Strict):
     """The ``baseline_training:`` part: what of the baseline's training differs from the student's.
@@ -18,11 +21,21 @@ class BaselineSpec(Strict):
     What suits a student with a teacher need not suit one without: a baseline that is trained badly would make
     distillation look good. The number of updates is the student's, always.
 
+    A student that begins with layers of a fine-tuned teacher has some of the teacher's knowledge from the start. A
+    baseline with the same start measures what the training by the teacher adds to that; one that starts
+    ``pretrained`` measures all that the fine-tuned teacher is worth.
+
     Example:
         >>> BaselineSpec(learning_rate=1e-4).of(Settings(learning_rate=5e-4)).learning_rate
         0.0001
     """
 
+    start: str = Field(
+        STUDENT,
+        min_length=1,
+        description="student: where the student begins; pretrained: made as the student is, but of the model that "
+        "the teacher is fine-tuned from; or the folder or hub id of such a model",
+    )
     learning_rate: float | None = Field(None, gt=0, description="by default the student's, as all of these")
     weight_decay: float | None = Field(None, ge=0, description="not applied to biases and norms")
     schedule: Literal["linear", "cosine", "constant"] | None = None
@@ -30,7 +43,7 @@ class BaselineSpec(Strict):
 
     def of(self, settings: Settings) -> Settings:
         """The baseline's settings, from those of the student."""
-        return settings.model_copy(update=self.model_dump(exclude_none=True))
+        return settings.model_copy(update=self.model_dump(exclude_none=True, exclude={"start"}))
 
 
 def plain_terms(terms: Iterable[Term], regression: bool) -> list[Term]:

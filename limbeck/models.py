@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+from limbeck.baseline import PRETRAINED, STUDENT
 from limbeck.encodings import Encoded
 from limbeck.pretrained import UNREADABLE, first_line, is_path, quiet_transformers
 from limbeck.recipe import Recipe, StudentSpec
@@ -91,6 +92,41 @@ def make_student(spec: StudentSpec, task: Task, teacher: Loaded, seed: int) -> L
     if _vocabulary(loaded.processor) == _vocabulary(teacher.processor):
         return replace(loaded, processor=teacher.processor)
     return loaded
+
+
+def baseline_start(recipe: Recipe, task: Task, student: nn.Module, processor: Any, seed: int) -> nn.Module:
+    """The baseline as it begins: as the student does, or made likewise of a model that is not fine-tuned.
+
+    Args:
+        recipe: Its ``baseline_training.start`` says where.
+        task: What it is trained on.
+        student: As it begins.
+        processor: What encodes the student's inputs.
+        seed: Of new weights.
+
+    Raises:
+        ValueError: no such model, one of which no student of that size comes, or a start that means nothing here.
+    """
+    start = recipe.baseline_training.start
+    if start == STUDENT:
+        return student
+    if not recipe.student.from_weights:
+        raise ValueError(
+            f"baseline_training.start={start} is for a student made of the teacher's weights, and this one is "
+            "not: its baseline begins as it does; leave it out"
+        )
+    of_teacher = start == PRETRAINED
+    options = recipe.teacher.options if of_teacher else {}
+    before = load_model(task, recipe.teacher.model if of_teacher else start, options, seed, processor)
+    if of_teacher and before.head_is_trained:
+        raise ValueError(
+            f"baseline_training.start=pretrained: the teacher {recipe.teacher.model} is fine-tuned already; set "
+            "it to the folder or hub id of the model from before"
+        )
+    made = make_student(recipe.student, task, before, seed).model
+    if {k: v.shape for k, v in made.state_dict().items()} != {k: v.shape for k, v in student.state_dict().items()}:
+        raise ValueError(f"a student made of {start} has other weights than one made of the teacher; name another")
+    return made
 
 
 def _check_same_images(student: Any, teacher: Any, source: str) -> None:

@@ -241,7 +241,7 @@ class Recipe(Strict):
     )
     baseline: bool = Field(True, description="train the student's twin without distillation, to compare")
     baseline_training: BaselineSpec = Field(
-        default_factory=BaselineSpec, description="what of the twin's training differs from the student's"
+        default_factory=BaselineSpec, description="what of the twin's start and training differs"
     )
     seeds: int = Field(1, gt=0, description="how often baseline and student are trained")
     store: str | None = Field(None, description="where fine-tuned teachers are kept; ~/.cache/limbeck")

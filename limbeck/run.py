@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from limbeck.atomic import write_tensors, write_text
-from limbeck.baseline import plain_terms
+from limbeck.baseline import PRETRAINED, STUDENT, plain_terms
 from limbeck.belonging import MADE_BY, holds_this
 from limbeck.distiller import Distiller, read_of_teacher
 from limbeck.encodings import Encoded, encode_for
 from limbeck.enlarging import Wanted, alike, brought
 from limbeck.evaluate import count_parameters
 from limbeck.keeping import forms_of
-from limbeck.models import TeacherStore, check_lengths, fingerprint, load_model, save_model
+from limbeck.models import TeacherStore, baseline_start, check_lengths, fingerprint, load_model, save_model
 from limbeck.pairing import expose_attention, find_places, layers_of, match_places
 from limbeck.plan import Observer, Plan
 from limbeck.pretrained import most_tokens
@@ -164,6 +164,8 @@ class Run:
             "teacher": teacher_fingerprint(recipe.teacher.model),
             "student": recipe.student.model and fingerprint(recipe.student.model),
         }
+        if recipe.baseline_training.start not in (STUDENT, PRETRAINED):
+            self.made_by["baseline"] = fingerprint(recipe.baseline_training.start)
         if recipe.extra is not None:
             check_texts(task)
             self.made_by |= {"extra": recipe.extra.digest(), **brought(recipe.extra)}
@@ -346,6 +348,8 @@ class Run:
         )
         planned = distiller.preflight(self.data.longest())
         recipe.training.build_optimizer(student, distiller.objective)
+        if recipe.baseline:
+            baseline_start(recipe, self.task, student, self.processor, recipe.training.seed)
         steps = {"student": self.steps(recipe.training)}
         if not tuned:
             recipe.teacher.training.build_optimizer(student, nn.ModuleList())
@@ -374,18 +378,10 @@ class Run:
         return terms
 
     def matched(self, student: nn.Module, places: Places) -> Places:
-        """The places with the pairs of layers that the recipe wants found; all seeds have those of the first.
-
-        Raises:
-            ValueError: the teacher's model is not here.
-        """
-        if isinstance(self.teacher, KeptTeacher):
-            found = ", ".join(sorted(self.recipe.found_maps))
-            raise ValueError(
-                f"map {found} is found from the teacher's layers, which are not here; write the pairs"
-            )
+        """The places with the pairs of layers that the recipe wants found; all seeds have those of the first."""
         if not self.matches:
-            teacher, data, size = self.teacher.loaded.model, self.data.training, self.recipe.training.batch_size
+            teacher, data = self.teacher.models["teacher"], self.data.training
+            size = self.recipe.training.batch_size
             rows = range(min(MATCHED_EXAMPLES, len(data)))
             batches = [data.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
             self.matches = match_places(student, teacher, places, batches, self.recipe.found_maps).matches
@@ -410,7 +406,7 @@ class Run:
         return Loaded(model, teacher.processor, head_is_trained=True), result
 
     def train(self, role: str, seed: int) -> tuple[nn.Module, StageResult]:
-        """Train a student, its twin without extra data, or the baseline without distillation; all start alike."""
+        """Train a student, its twin without extra data, or the baseline without distillation."""
         recipe, student = self.recipe, self.student(seed).model
         terms, settings = self.terms(student), recipe.training.model_copy(update={"seed": seed})
         if self.extra is not None:
@@ -420,6 +416,7 @@ class Run:
             teacher = self.memory.teacher(self.teacher.source())
             distiller = Distiller(student, teacher, terms, balance=recipe.balance)
         else:
+            student = baseline_start(recipe, self.task, student, self.processor, seed)
             distiller = Distiller(student, None, plain_terms(terms, self.regression))
             settings = recipe.baseline_training.of(settings)
         return self._train(self.stage(f"{role}-{seed}"), distiller, settings)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from limbeck.atomic import write_text
+from limbeck.baseline import STUDENT
 from limbeck.belonging import MADE_BY
 from limbeck.evaluate import Bootstrap, distillation_ratio, kept_share
 from limbeck.metrics import Array
@@ -24,6 +25,7 @@ from limbeck.remember import MEMORY, OFF
 from limbeck.report import Report
 from limbeck.report.suite import Averages, SuiteReport, SuiteRow, write_suite
 from limbeck.report.suite.report import COMPLETE, FAILED, FILE
+from limbeck.report.tables import baseline_words
 from limbeck.run import RECIPE, REPORT, RESAMPLES, Run, as_recipe, default_folder, delete_run, distill
 from limbeck.tasks import is_regression, make_task, reads_texts
 from limbeck.tasks.glue import ALL, LEFT_OUT, tasks_of_suite
@@ -198,15 +200,19 @@ class _Suite:
         done = [name for name, row in rows.items() if row.state == COMPLETE]
         last = Report.load(self.folder / done[-1]) if done else None
         first = self.recipe.training.seed
+        content = self.recipe.model_dump(mode="json")
         remarks = [LEAVES_OUT] if self.recipe.task.name.endswith(f"/{ALL}") and LEFT_OUT else []
+        if self.recipe.baseline and self.recipe.baseline_training.start != STUDENT:
+            remarks.append(f"The baseline of each student is {baseline_words(content)}.")
+        remarks += [MATCHED] if "mnli" in rows else []
         return SuiteReport(
             name=self.recipe.task.name,
             rows=list(rows.values()),
             averages=combine({name: _resamples(self.folder / name) for name in done}, _ratios(rows)),
-            remarks=[*remarks, *([MATCHED] if "mnli" in rows else [])],
+            remarks=remarks,
             seeds=list(range(first, first + self.recipe.seeds)),
             environment=last.environment if last else {},
-            recipe=self.recipe.model_dump(mode="json"),
+            recipe=content,
             command=self.command,
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )

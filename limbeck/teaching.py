@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from limbeck.atomic import write_tensors, write_text
+from limbeck.baseline import PRETRAINED
 from limbeck.cache import (
     MANIFEST,
     Form,
@@ -236,6 +237,16 @@ class KeptTeacher:
         if cache.dtype not in ("fp32", kept):
             raise ValueError(
                 f"{self.folder} is kept in {kept}, and the recipe has cache.dtype={cache.dtype}; drop it"
+            )
+        if recipe.found_maps:
+            found = ", ".join(sorted(recipe.found_maps))
+            raise ValueError(
+                f"map {found} is found from the teacher's layers, which are not here; write the pairs"
+            )
+        if recipe.baseline and recipe.baseline_training.start == PRETRAINED:
+            raise ValueError(
+                "baseline_training.start=pretrained: of this teacher only a cache is here; set it to the folder "
+                "or hub id of the model that it was fine-tuned from"
             )
         if self.described.max_length not in (0, task.max_length):
             raise ValueError(

@@ -12,6 +12,8 @@ import limbeck
 from limbeck.building import build_cache
 from limbeck.cli import app
 from limbeck.recipe import Recipe
+from limbeck.report.tables import comparison_facts
+from limbeck.stage import Stage
 from limbeck.students import narrower_sizes, shrink, take_layers
 from limbeck.students.spec import StudentSpec
 from limbeck.train import read_log
@@ -107,6 +109,56 @@ def test_the_baseline_may_be_trained_otherwise_with_as_many_updates(place):
     }
     assert len(rates["student"]) == len(rates["baseline"]) == 7
     assert rates["student"] == pytest.approx([100 * rate for rate in rates["baseline"]])
+
+
+def beginnings(monkeypatch):
+    """The weights that each stage begins with, by its name."""
+    kept, run = {}, Stage.run
+
+    def noted(stage, distiller, *others):
+        kept[stage.name] = {k: v.clone() for k, v in distiller.student.state_dict().items()}
+        return run(stage, distiller, *others)
+
+    monkeypatch.setattr(Stage, "run", noted)
+    return kept
+
+
+@pytest.mark.parametrize("start", ["pretrained", "folder"])
+def test_a_baseline_may_begin_with_the_model_from_before(place, monkeypatch, start):
+    kept = beginnings(monkeypatch)
+    named = str(place / "teacher") if start == "folder" else start
+    source = tiny.recipe(place, baseline_training={"start": named})
+    source["training"] = {"steps": 1, "batch_size": 16}
+    report = limbeck.distill(Recipe.parse(source), place / "run")
+    before = transformers.BertForSequenceClassification.from_pretrained(place / "teacher").state_dict()
+    layer = "bert.encoder.layer.0.output.dense.weight"
+    assert torch.equal(kept["baseline-0"][layer], before[layer])
+    assert not torch.equal(kept["student-0"][layer], before[layer])
+    gain = next(fact for fact in comparison_facts(report) if fact.name == "Gain")
+    assert "fine-tuned teacher's weights counts as added" in gain.meaning
+    assert limbeck.distill(Recipe.parse(source), place / "run").student.score == report.student.score
+
+
+@pytest.mark.parametrize(
+    ("student", "start", "message"),
+    [
+        ({"config": {"num_hidden_layers": 1}}, "pretrained", "made of the teacher's weights, and this one is not"),
+        ({"layers": [0]}, "nowhere", "nowhere"),
+    ],
+)
+def test_a_start_that_means_nothing_is_refused_before_any_training(place, student, start, message):
+    source = tiny.recipe(place, student=student, baseline_training={"start": start})
+    with pytest.raises(ValueError, match=message):
+        limbeck.distill(Recipe.parse(source), place / "run")
+    assert not (place / "run").exists()
+
+
+def test_a_ready_teacher_does_not_know_what_it_was_before(place):
+    limbeck.distill(Recipe.parse(tiny.recipe(place, baseline=False)), place / "first")
+    teacher = str(place / "first" / "student")
+    source = tiny.recipe(place, teacher=teacher, baseline_training={"start": "pretrained"})
+    with pytest.raises(ValueError, match="is fine-tuned already; set it to the folder or hub id"):
+        limbeck.distill(Recipe.parse(source), place / "run")
 
 
 def test_the_command_line_says_a_share(place):

@@ -205,6 +205,23 @@ def _teacher_passes(model: ModelResult) -> Cell:
     return Cell(f"{model.teacher_examples:,} of {model.examples:,}", f"{write.share(saved)} saved")
 
 
+def baseline_words(recipe: Mapping[str, Any]) -> str:
+    """What the baseline of a recipe is.
+
+    Example:
+        >>> baseline_words({"baseline_training": {"start": "pretrained"}})[:53]
+        'its twin made of the teacher from before fine-tuning,'
+    """
+    start = recipe.get("baseline_training", {}).get("start", "student")
+    if start == "student":
+        return "its twin with the same start and the same budget, trained on the labels alone"
+    source = "the teacher from before fine-tuning" if start == "pretrained" else one_line(start)
+    return (
+        f"its twin made of {source}, with the same budget, trained on the labels alone, so that what the student "
+        "has from the fine-tuned teacher's weights counts as added too"
+    )
+
+
 def _quality_facts(report: Report, comparison: Comparison) -> list[Fact]:
     scale = report.scale
     direction = (
@@ -216,8 +233,8 @@ def _quality_facts(report: Report, comparison: Comparison) -> list[Fact]:
             "Gain",
             scale.signed(gain.value) + scale.unit,
             scale.signed_ends(gain),
-            "What distillation added: student minus baseline, its twin with the same start and the same budget, "
-            f"trained on the labels alone; paired over the evaluation examples.{direction}{_noise(gain)}",
+            f"What distillation added: student minus baseline, {baseline_words(report.recipe)}; paired over the "
+            f"evaluation examples.{direction}{_noise(gain)}",
         ),
         Fact(
             "Gap",
