@@ -22,6 +22,8 @@ from limbeck.tasks import TaskOptions
 from limbeck.tasks.extra import ExtraSpec
 from limbeck.terms import FOUND, Term, check_term_options, layer_pairs, share_of, spread
 from limbeck.train import Settings
+from limbeck.yaml_options import read_yaml as read_yaml
+from limbeck.yaml_options import set_value
 
 LAYERS = "layers"
 """The tap of a term that is spread over the layers of both models."""
@@ -245,6 +247,9 @@ class Recipe(Strict):
     )
     seeds: int = Field(1, gt=0, description="how often baseline and student are trained")
     store: str | None = Field(None, description="where fine-tuned teachers are kept; ~/.cache/limbeck")
+    by_task: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="for several tasks: what differs for one, by its short name"
+    )
 
     @model_validator(mode="after")
     def _choose_on_training_data(self) -> Recipe:
@@ -349,66 +354,6 @@ def default_terms(
     choice = (load_preset(preset).terms if preset else None) or DEFAULT_TERMS
     specs = choice.suited(regression, hidden, narrower)
     return {name: TermSpec.model_validate(spec) for name, spec in specs.items()}
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """The safe loader, which also refuses a key that stands twice; plain YAML keeps the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep) for key, _ in node.value]
-        twice = next((k for k in keys if keys.count(k) > 1), None)
-        if twice is not None:
-            raise yaml.YAMLError(f"the key {twice!r} stands twice{node.start_mark}")
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping, by the safe loader.
-
-    Raises:
-        ValueError: no such file, or no mapping in it.
-    """
-    if not path.is_file():
-        raise ValueError(f"there is no recipe {path}")
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ValueError(
-            f"{path} holds no recipe but {type(data).__name__}; write keys such as task: and teacher:"
-        )
-    return data
-
-
-def set_value(data: dict[str, Any], change: str) -> None:
-    """Apply ``a.b=value`` to nested dictionaries; the value is read as YAML.
-
-    Raises:
-        ValueError: no equals sign, or a path through something that is no mapping.
-
-    Example:
-        >>> recipe = {"student": {}}
-        >>> set_value(recipe, "student.layers=[0,3]")
-        >>> recipe
-        {'student': {'layers': [0, 3]}}
-    """
-    path, equals, text = change.partition("=")
-    if not equals or not path:
-        raise ValueError(f"--set {change!r} has no value; write --set key.key=value")
-    *parents, last = path.split(".")
-    place = data
-    for key in parents:
-        if place.get(key) is None:  # of a recipe that was written out, too
-            place[key] = {}
-        inner = place[key]
-        if not isinstance(inner, dict):
-            raise ValueError(f"--set {path}: {key!r} is {inner!r} and has no keys of its own")
-        place = inner
-    try:
-        place[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {path}: cannot read the value {text!r}") from None
 
 
 WRITTEN_OUT: dict[str, Callable[[Any], dict[str, Any]]] = {

@@ -90,6 +90,8 @@ def distill(
         True
     """
     recipe = as_recipe(recipe)
+    if recipe.by_task:
+        raise ValueError("by_task is for several tasks, and this recipe has one; leave it out")
     task = make_task(recipe.task)
     recipe = recipe.resolved(is_regression(task), reads_texts(task))
     folder = Path(out) if out is not None else default_folder(recipe)

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import numpy as np
+from pydantic import ValidationError
 
 from limbeck.atomic import write_text
 from limbeck.baseline import STUDENT
@@ -19,6 +20,7 @@ from limbeck.evaluate import Bootstrap, distillation_ratio, kept_share
 from limbeck.metrics import Array
 from limbeck.models import TeacherStore
 from limbeck.plan import Observer
+from limbeck.presets import fill
 from limbeck.recipe import Recipe
 from limbeck.registry import nearest
 from limbeck.remember import MEMORY, OFF
@@ -27,6 +29,7 @@ from limbeck.report.suite import Averages, SuiteReport, SuiteRow, write_suite
 from limbeck.report.suite.report import COMPLETE, FAILED, FILE
 from limbeck.report.tables import baseline_words
 from limbeck.run import RECIPE, REPORT, RESAMPLES, Run, as_recipe, default_folder, delete_run, distill
+from limbeck.strict import explain
 from limbeck.tasks import is_regression, make_task, reads_texts
 from limbeck.tasks.glue import ALL, LEFT_OUT, tasks_of_suite
 from limbeck.tasks.text import TextTask
@@ -34,6 +37,9 @@ from limbeck.teaching import is_kept
 
 TASK = "{task}"
 """In the recipe's models and data, this stands for the short name of each task."""
+
+SHARED = ("preset", "baseline", "seeds", "store", "by_task")
+"""What no task may have of its own."""
 
 FEW = 32
 """Examples of each split that a task is tried on before any is begun."""
@@ -139,6 +145,11 @@ class _Suite:
         for name in self.notes:
             if name not in self.tasks:
                 raise ValueError(f"a note is for {name!r}, which is no task here; {nearest(name, self.tasks)}")
+        for name, own in self.recipe.by_task.items():
+            if name not in self.tasks:
+                raise ValueError(f"by_task speaks of {name!r}, which is no task here; {nearest(name, self.tasks)}")
+            for key in set(own) & set(SHARED):
+                raise ValueError(f"by_task.{name}.{key}: {key} is the same for all tasks; leave it out there")
         if self.recipe.task.metric is not None:
             raise ValueError(f"{self.recipe.task.name} counts each task by its own metric; leave task.metric out")
         if is_kept(self.recipe.teacher.model) and TASK not in self.recipe.teacher.model:
@@ -243,7 +254,18 @@ def task_recipe(recipe: Recipe, name: str) -> Recipe:
         "student": recipe.student.model_copy(update={"model": filled(recipe.student.model)}),
         "cache": recipe.cache.model_copy(update={"place": place if place in (OFF, MEMORY) else folder}),
     }
-    return recipe.model_copy(update=parts)
+    return _with_its_own(recipe.model_copy(update=parts), name)
+
+
+def _with_its_own(recipe: Recipe, name: str) -> Recipe:
+    """The recipe of one task with what `by_task` says of it, part by part and key by key."""
+    own = recipe.by_task.get(name, {})
+    content = fill(own, recipe.model_dump(mode="json", exclude={"by_task"}), Recipe)
+    try:
+        whole = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(explain(error, Recipe, f"by_task.{name}")) from None
+    return recipe.model_copy(update={"by_task": {}, **{key: getattr(whole, key) for key in own}})
 
 
 class _Checked(Exception):  # noqa: N818  (no error: where a trial ends that went well)

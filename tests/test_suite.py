@@ -180,6 +180,10 @@ def refused(result, said):
         ),
         (["--set", "terms={kd: {loss: msee}}"], "error: terms.kd: unknown loss 'msee'; did you mean 'mse'"),
         (["--set", "task.label=x"], "takes no 'label'"),
+        (["--set", "by_task.rtee.training.steps=2"], "by_task speaks of 'rtee', which is no task here; did"),
+        (["--set", "by_task.rte.seeds=2"], "by_task.rte.seeds: seeds is the same for all tasks"),
+        (["--set", "by_task.rte.training.step=2"], "rte: 'training' has no key 'step'; did you mean 'steps'"),
+        (["--set", "by_task.rte.training.steps=0"], "training.steps"),
     ],
 )
 def test_what_is_wrong_is_found_before_any_task_is_begun(command, place, tmp_path, more, said):
@@ -311,6 +315,19 @@ def test_the_recipe_of_a_task(tmp_path):
 
 
 # ---- what the tasks come to together, against plain code
+
+
+def test_a_task_may_differ():
+    source = {"task": "glue/cola,rte", "teacher": "t", "student": "layers:0", "preset": "best"}
+    changes = ["by_task.rte.training.steps=7", "by_task.rte.extra.copies=2", "by_task.rte.task.max_length=40"]
+    recipe = Recipe.parse(source, changes).with_preset(texts=True)
+    cola, rte = (task_recipe(recipe, name) for name in ("cola", "rte"))
+    assert rte.training == cola.training.model_copy(update={"steps": 7})
+    assert rte.extra == cola.extra.model_copy(update={"copies": 2})
+    assert (rte.task.name, rte.task.max_length, cola.task.max_length) == ("glue/rte", 40, recipe.task.max_length)
+    assert not rte.by_task
+    assert not cola.by_task
+    assert rte.student == cola.student
 
 
 def scores(generator, mean, spread, count=1000):
@@ -455,3 +472,9 @@ def test_wnli_and_mnli_are_spoken_of(tmp_path):
     suite = _Suite(recipe, tasks_of_suite("glue/all"), tmp_path, {}, "")
     remarks = suite.report({name: SuiteRow(name) for name in suite.tasks}).remarks
     assert ["WNLI" in remarks[0], "MNLI" in remarks[1]] == [True, True]
+
+
+def test_one_task_has_nothing_by_task(tmp_path):
+    source = {"task": "glue/rte", "teacher": "t", "student": "layers:0", "by_task": {"rte": {"seeds": 2}}}
+    with pytest.raises(ValueError, match="by_task is for several tasks, and this recipe has one"):
+        limbeck.distill(source, tmp_path / "run")
