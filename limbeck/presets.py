@@ -53,12 +53,14 @@ class Preset(Strict):
 
     Attributes:
         about: What it is for, in a line.
+        like: Another preset, which lies beneath this one.
         recipe: Parts of a recipe.
         texts: Further parts, for tasks whose inputs are texts.
         terms: What the student learns; without it, what it learns without a preset.
     """
 
     about: str
+    like: str | None = None
     recipe: dict[str, Any] = Field(default_factory=dict)
     texts: dict[str, Any] = Field(default_factory=dict)
     terms: TermChoice | None = None
@@ -85,8 +87,19 @@ def load_preset(name: str) -> Preset:
     """
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}; {nearest(name, PRESETS)}")
+    return Preset.model_validate(_content(name))
+
+
+def _content(name: str) -> dict[str, Any]:
     text = (resources.files("limbeck") / "recipes" / f"preset-{name}.yaml").read_text(encoding="utf-8")
-    return Preset.model_validate(yaml.safe_load(text))
+    content: dict[str, Any] = yaml.safe_load(text)
+    return _laid_over(_content(content["like"]), content) if "like" in content else content
+
+
+def _laid_over(beneath: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one: what stands above counts, key by key."""
+    both = [key for key in above if isinstance(above[key], dict) and isinstance(beneath.get(key), dict)]
+    return {**beneath, **above, **{key: _laid_over(beneath[key], above[key]) for key in both}}
 
 
 def fill(given: Mapping[str, Any], beneath: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def test_a_preset_is_documented_and_says_nothing_of_teacher_or_data(name):
     preset = load_preset(name)
     assert preset.about
     assert path.read_text().startswith("# ")
-    assert {*preset.recipe, *preset.texts} <= {"training", "cache", "balance", "extra"}
+    assert {*preset.recipe, *preset.texts} <= {"training", "baseline_training", "student", "extra"}
+    assert set(preset.recipe["student"]) == {"dropout", "freeze_embeddings"}
 
 
 def test_what_the_user_says_wins(place):
@@ -169,8 +170,8 @@ def test_extra_data_of_a_preset(place):
     """Texts get them; an image task does not; what the user says of them wins, and none is none."""
     best = load_preset("best").texts["extra"]
     recipe, _ = resolved(Recipe.parse(source(place, preset="best")))
-    assert (list(recipe.extra.augment), recipe.extra.copies) == (best["augment"], best["copies"])
+    assert (list(recipe.extra.augment), recipe.extra.copies) == (list(best["augment"]), best["copies"])
     assert Recipe.parse(source(place, preset="best")).resolved(regression=False, texts=False).extra is None
     own, _ = resolved(Recipe.parse(source(place, preset="best"), ["extra.copies=1"]))
-    assert (list(own.extra.augment), own.extra.copies) == (best["augment"], 1)
+    assert (list(own.extra.augment), own.extra.copies) == (list(best["augment"]), 1)
     assert resolved(Recipe.parse(source(place, preset="best", extra=None)))[0].extra is None

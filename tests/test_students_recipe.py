@@ -99,6 +99,18 @@ def test_token_vectors_that_are_not_there_cannot_be_frozen():
         StudentSpec(layers=[0], freeze_embeddings=True).set_up(torch.nn.Linear(2, 2))
 
 
+def test_token_vectors_are_frozen_where_they_are_the_teachers_own():
+    def frozen(student, **parts):
+        made = StudentSpec(freeze_embeddings="auto", **parts)
+        made.set_up(student)
+        return any(not parameter.requires_grad for parameter in student.parameters())
+
+    assert frozen(models.bert(layers=1), layers=[0])
+    assert not frozen(models.bert(layers=1), layers=[0], shrink={"hidden_size": 8})
+    assert not frozen(models.bert(layers=1), config={"num_hidden_layers": 1})
+    assert not frozen(torch.nn.Linear(2, 2), layers=[0])
+
+
 def test_the_baseline_may_be_trained_otherwise_with_as_many_updates(place):
     source = tiny.recipe(place, baseline_training={"learning_rate": 1e-5})
     source["training"] = {"epochs": 1, "least_steps": 7, "batch_size": 16, "learning_rate": 1e-3, "log_every": 1}

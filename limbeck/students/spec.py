@@ -13,7 +13,7 @@ from torch import nn
 from limbeck.strict import Strict
 from limbeck.students.depth import take_layers
 from limbeck.students.fresh import from_config
-from limbeck.students.taught import freeze_embeddings, set_dropout
+from limbeck.students.taught import freeze_embeddings, set_dropout, token_vectors
 from limbeck.students.width import narrower_sizes, shrink
 
 LAYERS, SHRINK = "layers", "shrink"
@@ -75,8 +75,10 @@ class StudentSpec(Strict):
         lt=1,
         description="of its dropout layers while it is taught; the baseline keeps its own",
     )
-    freeze_embeddings: bool = Field(
-        False, description="its token vectors stay as they begin while it is taught; the baseline's train"
+    freeze_embeddings: bool | Literal["auto"] = Field(
+        False,
+        description="its token vectors stay as they begin while it is taught; the baseline's train. auto: where "
+        "they are the teacher's own, of a student that is made of its layers",
     )
 
     @model_validator(mode="after")
@@ -118,8 +120,14 @@ class StudentSpec(Strict):
         """
         if self.dropout is not None:
             set_dropout(student, self.dropout)
-        if self.freeze_embeddings:
+        if self._freezes(student):
             freeze_embeddings(student)
+
+    def _freezes(self, student: nn.Module) -> bool:
+        if self.freeze_embeddings != "auto":
+            return self.freeze_embeddings
+        of_layers = self.layers is not None and self.shrink is None
+        return of_layers and token_vectors(student) is not None
 
     @classmethod
     def parse(cls, text: str) -> StudentSpec:

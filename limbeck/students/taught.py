@@ -45,7 +45,7 @@ def freeze_embeddings(model: nn.Module) -> None:
         >>> model.embeddings.word_embeddings.weight.requires_grad
         False
     """
-    table = _table(model)
+    table = token_vectors(model)
     if table is None:
         raise ValueError(
             f"a {type(model).__name__} has no table of token vectors to freeze; drop student.freeze_embeddings"
@@ -53,7 +53,12 @@ def freeze_embeddings(model: nn.Module) -> None:
     table.weight.requires_grad_(False)
 
 
-def _table(model: nn.Module) -> nn.Embedding | None:
+def token_vectors(model: nn.Module) -> nn.Embedding | None:
+    """The table of a model's token vectors; None where it has none.
+
+    Example:
+        >>> token_vectors(nn.Linear(2, 2))
+    """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
