@@ -12,6 +12,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from limbeck.hub import check_findable
+
 GENERIC = "LABEL_"
 """How transformers calls the classes of a head whose labels nobody named."""
 
@@ -160,6 +162,7 @@ def load_config(source: str | Path, what: str = "a model") -> Any:
     if is_path(source) and not Path(source).is_dir():
         unread = "; ~ is not read as the home folder here" if str(source).startswith("~") else ""
         raise ValueError(f"cannot load {what} from {str(source)!r}: there is no such folder{unread}")
+    check_findable(source, what)
     with quiet_transformers():
         try:
             return AutoConfig.from_pretrained(source, trust_remote_code=False)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import limbeck
+from limbeck import hub
 from limbeck.deploy import ExportOptions, Manifest, Parity, Source, evaluate, export, find_source
 from limbeck.deploy.evaluation import of_length, open_model, split_role, task_of
 from limbeck.deploy.onnx_files import need_onnx
@@ -25,7 +26,7 @@ from limbeck.deploy.program import read_program
 from limbeck.deploy.served import Served, open_onnx, open_program
 from limbeck.evaluate import quartiles
 from limbeck.tasks import TaskOptions, make_task
-from limbeck.train import Examples
+from limbeck.train import Examples, predict
 from tests import models, tiny
 
 onnx = pytest.importorskip("onnx")
@@ -53,7 +54,18 @@ def place(tmp_path_factory):
     }.items():
         export(find_source(str(folder / "run"), "teacher"), folder / name, options)
     export(find_source(str(folder / "run")), folder / "student", ExportOptions(opset=18))
+    (folder / "search" / "trials").mkdir(parents=True)
+    for name in ("recipe.yaml", "made-by.json"):
+        shutil.copy(folder / "run" / name, folder / "search")
+    (folder / "suite" / "rte").mkdir(parents=True)
+    (folder / "suite" / "suite.json").write_text("{}")
+    (folder / "suite" / "rte" / "report.json").write_text("{}")
     return folder
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    monkeypatch.setattr(hub, "answers", lambda: False)
 
 
 def logits_of(folder, texts, model=None):
@@ -339,6 +351,9 @@ def test_values_that_are_no_numbers_are_never_close():
         (["store"], "holds neither a run nor a transformers model"),
         (["onnx"], "holds a model that was exported already"),
         (["./nothing"], "there is no model at"),
+        (["nowhere"], "cannot load a model from 'nowhere': there is no such folder here"),
+        (["search"], "search is a search; name the run of its choice: search/best"),
+        (["suite"], "suite is a suite; name one of its runs: suite/rte"),
         (["teacher"], "either --task or --texts FILE"),
         (["teacher", "--label", "label"], "--label belongs to a task; name it with --task"),
         (["run/student", "--texts", "nothing.txt"], "there is no file"),
@@ -346,6 +361,7 @@ def test_values_that_are_no_numbers_are_never_close():
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
+@pytest.mark.usefixtures("no_hub")
 def test_bad_input_is_one_line(place, tmp_path, command, monkeypatch, arguments, said):
     monkeypatch.chdir(place)
     status, printed = command("export", *arguments, "--out", tmp_path / "out")
@@ -497,6 +513,27 @@ def test_models_side_by_side(place, command, tmp_path):
     assert "Times at batch 1, length 12, threads: 1; models take turns" in printed
 
 
+def test_texts_are_cut_as_an_export_was_made_for(place, tmp_path, monkeypatch):
+    shutil.copytree(place / "onnx", tmp_path / "short")
+    manifest = json.loads((tmp_path / "short" / "manifest.json").read_text())
+    (tmp_path / "short" / "manifest.json").write_text(json.dumps({**manifest, "max_tokens": 4}))
+    seen = []
+
+    def spy(model, data, **options):
+        seen.append(max(len(item["input_ids"]) for item in data.items))
+        return predict(model, data, **options)
+
+    monkeypatch.setattr("limbeck.deploy.evaluation.predict", spy)
+    both = [str(tmp_path / "short"), str(place / "onnx")]
+    task = task_of(both)
+    evaluate(both, repeats=1)
+    evaluate(
+        both, TaskOptions.model_validate({**task.model_dump(exclude={"max_length"}), "max_length": 5}), repeats=1
+    )
+    assert seen[0] == 4 < 5 < seen[1]
+    assert seen[2:] == [5, 5]
+
+
 def test_texts_are_cut_and_padded_to_a_length(place):
     task = make_task(task_of([str(place / "onnx")]))
     opened = open_model(str(place / "onnx"), task)
@@ -516,6 +553,8 @@ def test_texts_are_cut_and_padded_to_a_length(place):
         (["run", "run"], "run is named twice"),
         (["./nothing"], "name the data to evaluate on"),
         (["run", "./nothing"], "there is no model at ./nothing"),
+        (["nowhere", "--task", "glue/rte"], "cannot load a model from 'nowhere': there is no such folder here"),
+        (["run", "search"], "search is a search; name the run of its choice: search/best"),
         (["run", "--length", "65"], "length 65 is not between 3 and 64"),
         (["run", "--length", "1"], "length 1 is not between 3 and 64"),
         (["run", "--task", "digits"], "was made for the labels ['bad', 'good'], the task has"),
@@ -523,6 +562,7 @@ def test_texts_are_cut_and_padded_to_a_length(place):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
+@pytest.mark.usefixtures("no_hub")
 def test_what_cannot_be_compared_is_one_line(place, command, monkeypatch, arguments, said):
     monkeypatch.chdir(place)
     status, printed = command("evaluate", *arguments, "--repeats", 1)

@@ -17,7 +17,7 @@ from torch import nn
 
 from limbeck.deploy.manifest import MANIFEST, Manifest, versions
 from limbeck.deploy.served import open_onnx, open_program
-from limbeck.deploy.sources import ROLES, check_is_model, is_run, load_for, load_of_run, read_run
+from limbeck.deploy.sources import ROLES, check_is_model, cut_after, is_run, load_for, load_of_run, read_run
 from limbeck.evaluate import Bootstrap, agreement, count_parameters, quartiles, size_in_bytes, time_in_turns
 from limbeck.metrics import Array, get_metric
 from limbeck.models import check_length
@@ -45,6 +45,7 @@ class Opened:
         parameters: Number of parameters of the model that it came from.
         size_bytes: Of its weights, or of its file.
         most_tokens: That it reads at once; None where nobody says.
+        max_tokens: After which its texts are cut when it is served; None where that is the task's to say.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Opened:
     parameters: int
     size_bytes: int
     most_tokens: int | None = None
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def evaluate(
     Args:
         models: Each an export's folder, a run's folder (``RUN`` for its student, ``RUN:teacher`` for its teacher),
             a transformers folder or a hub id. The first one is what the others are compared with.
-        options: The task; by default that of the first run or export that is named.
+        options: The task; by default that of the first run or export that is named. Unless it says after how many
+            tokens texts are cut, runs and exports have them cut as they were made for.
         batch_size: Examples in a timed batch.
         length: Tokens to which texts are cut and padded for timing; by default their own. Scores are always of
             whole texts.
@@ -157,11 +160,18 @@ def evaluate(
         raise ValueError(f"{twice} is named twice; name each model once")
     if min(batch_size, repeats) < 1:
         raise ValueError("batch size and repeats must be 1 at least")
+    for name in models:
+        folder, _ = split_role(name)
+        if not ((folder / MANIFEST).is_file() or is_run(folder)):
+            check_is_model(name)
     task = make_task(options or task_of(models))
+    named = options is not None and "max_length" in options.model_fields_set
     with thread_count(threads):
         opened = [open_model(name, task) for name in models]
         rows = task.splits[VALIDATION]
-        data = {one.name: task.encode(rows, one.processor) for one in opened}
+        data = {
+            one.name: _cut(task, None if named else one.max_tokens).encode(rows, one.processor) for one in opened
+        }
         for one in opened:
             check_length(one.name, one.most_tokens, data[one.name], f"--max-length {one.most_tokens}")
         timed = data
@@ -252,14 +262,14 @@ def open_model(name: str, task: Task) -> Opened:
         recipe, _ = read_run(folder)
         own = make_task(recipe.task)
         loaded = load_of_run(folder, role, recipe, own)
-        labels = own.labels
+        labels, cut = own.labels, cut_after(own, loaded.model)
     else:
         check_is_model(name)
-        loaded, labels = load_for(name, task), task.labels
+        loaded, labels, cut = load_for(name, task), task.labels, None
     _check_labels(name, labels, task)
     model = loaded.model.cpu().eval()
     size = count_parameters(model), size_in_bytes(model)
-    return Opened(name, "PyTorch", model, loaded.processor, *size, most_tokens(model))
+    return Opened(name, "PyTorch", model, loaded.processor, *size, most_tokens(model), cut)
 
 
 def _open_export(name: str, folder: Path, task: Task) -> Opened:
@@ -269,7 +279,13 @@ def _open_export(name: str, folder: Path, task: Task) -> Opened:
     model = open_program(path, made.inputs) if made.kind == "torch" else open_onnx(path)
     texts = made.max_tokens is not None
     processor = load_tokenizer(folder) if texts else load_pixels(folder)
-    return Opened(name, made.runtime, model, processor, made.parameters, made.size_bytes, made.most_tokens)
+    size = made.parameters, made.size_bytes
+    return Opened(name, made.runtime, model, processor, *size, made.most_tokens, made.max_tokens)
+
+
+def _cut(task: Task, length: int | None) -> Task:
+    """The task with its texts cut after so many tokens; as it is without a number, or without texts."""
+    return replace(task, max_length=length) if length is not None and isinstance(task, TextTask) else task
 
 
 def _check_labels(name: str, labels: tuple[str, ...], task: Task) -> None:

@@ -12,11 +12,14 @@ from torch import nn
 
 from limbeck.cache.keys import weights_digest
 from limbeck.deploy.manifest import MANIFEST
+from limbeck.hub import check_findable
 from limbeck.models import MADE_BY, TeacherStore, check_length, load_model, make_student
 from limbeck.pretrained import is_path, load_pretrained, load_tokenizer, most_tokens
 from limbeck.recipe import Recipe
 from limbeck.registry import nearest
 from limbeck.report import Report
+from limbeck.report.search import is_search
+from limbeck.report.suite import is_suite_folder
 from limbeck.stage import WEIGHTS
 from limbeck.tasks import VALIDATION, Loaded, Task, TaskOptions, make_task
 from limbeck.tasks.text import TextTask, encode_texts
@@ -27,6 +30,8 @@ from limbeck.types import STUDENT, TEACHER
 ROLES = (STUDENT, TEACHER)
 RECIPE = "recipe.yaml"
 CONFIG = "config.json"
+TRIALS, BEST = "trials", "best"
+"""Of a search: its trials, and the run of its choice."""
 SAVED = "model.safetensors"
 
 
@@ -66,8 +71,10 @@ def read_run(folder: Path) -> tuple[Recipe, Report]:
     """The recipe and the report of a finished run.
 
     Raises:
-        ValueError: it is not finished.
+        ValueError: it is not finished, or it is a search, which has runs in it.
     """
+    if is_search(folder) or (folder / TRIALS).is_dir():
+        raise ValueError(f"{folder} is a search; name the run of its choice: {folder / BEST}")
     if not (folder / "report.json").is_file():
         raise ValueError(
             f"the run in {folder} is not finished; go on with it: limbeck distill {folder / RECIPE} --out {folder}"
@@ -113,17 +120,21 @@ def check_is_model(where: str) -> None:
     """Refuse a place that holds no transformers model.
 
     Raises:
-        ValueError: there is no such folder, or it holds something else.
+        ValueError: there is no such folder or hub id, or it holds something else.
     """
     folder = Path(where)
     if not folder.exists():
         if is_path(where):
             raise ValueError(f"there is no model at {where}; name a run, a transformers folder or a hub id")
+        check_findable(where)
         return
     if not folder.is_dir():
         raise ValueError(f"{where} is a file; name the folder of a run or of a transformers model")
     if (folder / MANIFEST).is_file():
         raise ValueError(f"{where} holds a model that was exported already; name the run or model it came from")
+    if is_suite_folder(folder):
+        runs = sorted(str(each.parent) for each in folder.glob("*/report.json"))
+        raise ValueError(f"{where} is a suite; name one of its runs: {', '.join(runs) or 'none is finished yet'}")
     if not (folder / CONFIG).is_file():
         raise ValueError(
             f"{where} holds neither a run nor a transformers model; it has no {RECIPE} and no {CONFIG}"
@@ -227,7 +238,7 @@ def read_texts(file: Path) -> list[tuple[str, ...]]:
     return rows
 
 
-def _cut_after(task: Task, model: nn.Module) -> int | None:
+def cut_after(task: Task, model: nn.Module) -> int | None:
     """Tokens after which a text is cut when the model is served: those of the task, and no more than it reads."""
     if not isinstance(task, TextTask):
         return None
@@ -246,7 +257,7 @@ def _with_task(loaded: Loaded, task: Task, options: TaskOptions, lineage: dict[s
         inputs=f"validation data of {task.name}",
         metric=task.metrics[0],
         labels=task.labels,
-        max_tokens=_cut_after(task, loaded.model),
+        max_tokens=cut_after(task, loaded.model),
         task=options.model_dump(mode="json"),
         lineage={"role": "model", **data, **lineage, "model": weights_digest(loaded.model)},
     )
