@@ -20,7 +20,7 @@ PACKAGE = ROOT / "limbeck"
 
 # A module imports only from lower lines, and from its own folder.
 LAYERS = [
-    "types registry shapes stopwatch atomic",
+    "types registry shapes stopwatch atomic hub",
     "batch metrics pretrained reduce schedules sparse strict yaml_options",
     "taps projectors matching cache",
     "losses",

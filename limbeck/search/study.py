@@ -283,8 +283,9 @@ class Study:
         with self._turn:
             found = self.speed(architecture)
             if found is None:
-                self._study.set_user_attr(f"{SPEED} {architecture}", dataclasses.asdict(speed))
-            return found or speed
+                found = speed.beside(self.speeds())
+                self._study.set_user_attr(f"{SPEED} {architecture}", dataclasses.asdict(found))
+            return found
 
     def candidates(self) -> list[Candidate]:
         """All trials so far."""
