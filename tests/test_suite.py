@@ -14,6 +14,7 @@ from rich.console import Console
 
 import limbeck
 from limbeck.evaluate import speedups
+from limbeck.presets import load_preset
 from limbeck.recipe import Recipe
 from limbeck.report import Interval, Report
 from limbeck.report.suite import SuiteReport, SuiteRow, print_suite, render_suite, render_suite_card
@@ -259,7 +260,8 @@ def test_the_recipe_of_a_suite_has_what_its_preset_says_of_texts(copied, monkeyp
     for recipe in (whole, without, whole.with_preset(texts=True)):
         again = Recipe.parse(yaml.safe_load(recipe.to_yaml()))
         assert again.resolved(regression=False) == recipe.resolved(regression=False)
-    assert whole.with_preset(texts=True).extra.copies == 2
+    copies = load_preset("best").texts["extra"]["copies"]
+    assert whole.with_preset(texts=True).extra.copies == copies
     assert without.with_preset(texts=True).extra is None
     ran = []
 
@@ -271,8 +273,8 @@ def test_the_recipe_of_a_suite_has_what_its_preset_says_of_texts(copied, monkeyp
     monkeypatch.setattr("limbeck.suite.check_task", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
         distill_suite(whole, copied, overwrite=True)
-    assert ran[0].extra.copies == 2
-    assert yaml.safe_load((copied / "recipe.yaml").read_text())["extra"]["copies"] == 2
+    assert ran[0].extra.copies == copies
+    assert yaml.safe_load((copied / "recipe.yaml").read_text())["extra"]["copies"] == copies
 
 
 def test_retraining_that_was_interrupted_goes_on(copied, monkeypatch):
