@@ -221,9 +221,9 @@ class Recipe(Strict):
         ... }, ["training.epochs=2"])
         >>> recipe.training.epochs
         2.0
-        >>> Recipe.parse({"tsk": {}})
+        >>> Recipe.parse({"studnt": {}})
         Traceback (most recent call last):
-        ValueError: the recipe has no key 'tsk'; did you mean 'task'?
+        ValueError: the recipe has no key 'studnt'; did you mean 'student'?
 
     A part that needs one thing only may be written as that, ``{"task": "glue/rte"}``; see `spelled_out`.
     """

@@ -551,7 +551,7 @@ def test_texts_are_cut_and_padded_to_a_length(place):
     ("arguments", "said"),
     [
         (["run", "run"], "run is named twice"),
-        (["./nothing"], "name the data to evaluate on"),
+        (["./teacher"], "name the data to evaluate on"),
         (["run", "./nothing"], "there is no model at ./nothing"),
         (["nowhere", "--task", "glue/rte"], "cannot load a model from 'nowhere': there is no such folder here"),
         (["run", "search"], "search is a search; name the run of its choice: search/best"),
