@@ -161,6 +161,7 @@ def main():
 
     tasks, names = options.tasks.split(","), options.only.split(",")
     print("| variant |", " | ".join(tasks), "|")
+    print("|---" * (1 + len(tasks)) + "|")
     for name in names:
         cells = []
         for task in tasks:

@@ -21,7 +21,7 @@ from limbeck.metrics import Array
 from limbeck.models import TeacherStore
 from limbeck.plan import Observer
 from limbeck.presets import fill
-from limbeck.recipe import Recipe
+from limbeck.recipe import Recipe, spelled_out
 from limbeck.registry import nearest
 from limbeck.remember import MEMORY, OFF
 from limbeck.report import Report
@@ -259,7 +259,9 @@ def task_recipe(recipe: Recipe, name: str) -> Recipe:
 
 def _with_its_own(recipe: Recipe, name: str) -> Recipe:
     """The recipe of one task with what `by_task` says of it, part by part and key by key."""
-    own = recipe.by_task.get(name, {})
+    own = spelled_out(recipe.by_task.get(name, {}))
+    if "name" in (own.get("task") or {}):
+        raise ValueError(f"by_task.{name}.task.name: a task keeps its name; leave it out there")
     content = fill(own, recipe.model_dump(mode="json", exclude={"by_task"}), Recipe)
     try:
         whole = Recipe.model_validate(content)

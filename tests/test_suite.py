@@ -183,6 +183,7 @@ def refused(result, said):
         (["--set", "task.label=x"], "takes no 'label'"),
         (["--set", "by_task.rtee.training.steps=2"], "by_task speaks of 'rtee', which is no task here; did"),
         (["--set", "by_task.rte.seeds=2"], "by_task.rte.seeds: seeds is the same for all tasks"),
+        (["--set", "by_task.rte.task.name=glue/cola"], "by_task.rte.task.name: a task keeps its name"),
         (["--set", "by_task.rte.training.step=2"], "rte: 'training' has no key 'step'; did you mean 'steps'"),
         (["--set", "by_task.rte.training.steps=0"], "training.steps"),
     ],
@@ -322,6 +323,7 @@ def test_the_recipe_of_a_task(tmp_path):
 def test_a_task_may_differ():
     source = {"task": "glue/cola,rte", "teacher": "t", "student": "layers:0", "preset": "best"}
     changes = ["by_task.rte.training.steps=7", "by_task.rte.extra.copies=2", "by_task.rte.task.max_length=40"]
+    changes.append("by_task.cola.student=layers:1")
     recipe = Recipe.parse(source, changes).with_preset(texts=True)
     cola, rte = (task_recipe(recipe, name) for name in ("cola", "rte"))
     assert rte.training == cola.training.model_copy(update={"steps": 7})
@@ -329,7 +331,7 @@ def test_a_task_may_differ():
     assert (rte.task.name, rte.task.max_length, cola.task.max_length) == ("glue/rte", 40, recipe.task.max_length)
     assert not rte.by_task
     assert not cola.by_task
-    assert rte.student == cola.student
+    assert (cola.student.layers, rte.student.layers) == ((1,), (0,))
 
 
 def scores(generator, mean, spread, count=1000):
